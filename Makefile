@@ -1,0 +1,66 @@
+# `make` lists the targets. Each makes the environment it needs, and only when it is missing or
+# pyproject.toml has changed.
+#
+#   make test ARGS="-k tree"        arguments for the program that the target runs
+#   make test PYTHON=python3.12     another interpreter, in an environment of its own (.venv-3.12)
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help demo test check bench clean
+
+# A name on the PATH may be a stub that fails, or a Python that cannot make environments: try it.
+USABLE := import ensurepip, sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))
+ifeq ($(strip $(PYTHON)),)
+override PYTHON := $(shell for python in python3.11 python3.12 python3 python; do \
+	$$python -c '$(USABLE)' >/dev/null 2>&1 && echo $$python && break; done)
+VENV := .venv
+else
+VENV := .venv-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+endif
+
+BIN := $(VENV)/bin
+RUN := $(VENV)/.installed
+DEV := $(VENV)/.installed-dev
+INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+demo: $(RUN) ## fetch a model and answer prompts with tree speculation
+	@$(BIN)/jax-eagle demo $(ARGS)
+
+test: $(DEV) ## run the test suite
+	@$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+check: $(DEV) ## check format, lint, types and import directions
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/pyright --pythonpath $(BIN)/python
+	@$(BIN)/lint-imports --no-logo
+
+bench: $(RUN) ## measure speed with and without speculation
+	@$(BIN)/jax-eagle bench $(ARGS)
+
+clean: ## remove environments, caches and build output (runs/ stays)
+	@rm -rf .venv .venv-* build dist *.egg-info
+	@rm -rf .pytest_cache .hypothesis .ruff_cache .import_linter_cache
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+	@echo "Removed environments, caches and build output"
+
+# bin/pip is the last file that venv writes: an interrupted start is made again.
+$(BIN)/pip:
+	@test -n "$(PYTHON)" && $(PYTHON) -c '$(USABLE)' >/dev/null 2>&1 || { echo \
+	"No usable Python ('$(PYTHON)'): 3.11 or 3.12 with its venv module is needed; name one with make PYTHON=..." \
+	>&2; exit 1; }
+	@echo "Creating $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV)
+
+$(RUN): pyproject.toml | $(BIN)/pip
+	@echo "Installing jax-eagle into $(VENV) (about a minute)"
+	@$(INSTALL) --editable .
+	@touch $@
+
+$(DEV): pyproject.toml | $(BIN)/pip
+	@echo "Installing jax-eagle and its development tools into $(VENV) (about a minute)"
+	@$(INSTALL) --editable '.[dev]'
+	@touch $(RUN) $@

@@ -1,0 +1,76 @@
+"""Grouped-query attention of a decoder layer, over a paged prefix and the nodes of a tree."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
+
+from pallas_kernels.tree_attention import tree_attention
+
+from .cache import KV, PagedCache
+from .config import LlamaConfig
+from .layers import Linear, apply_rope
+
+
+class View(struct.PyTreeNode):
+    """What the M nodes of one forward see: a committed prefix, scratch nodes, themselves."""
+
+    position: Int[Array, "B M"]
+    """prefix length + depth; RoPE uses nothing else."""
+    mask: Bool[Array, "B M X"] | None = None
+    """Ancestor-or-self over scratch nodes and new nodes; None: causal."""
+    cache: PagedCache | None = None
+    first: Int[Array, "B M"] | None = None
+    """First prefix position a node sees; None: all."""
+    scratch: KV | None = None
+    """Earlier nodes of the same tree that are not committed (the draft's levels)."""
+
+
+class Attention(nn.Module):
+    """Projections and RoPE around `tree_attention`; returns the new keys and values as well."""
+
+    config: LlamaConfig
+    layer: int
+
+    @nn.compact
+    def __call__(
+        self, x_BMD: Float[Array, "B M D"], rope, view: View
+    ) -> tuple[Float[Array, "B M D"], jax.Array, jax.Array]:
+        c = self.config
+        D, N, K, H = c.hidden_size, c.num_heads, c.num_kv_heads, c.head_dim
+        with jax.named_scope("qkv"):
+            q_BMNH = Linear(
+                (D,), (N, H), ("embed", "heads", "head_dim"), c.attention_bias, name="q"
+            )(x_BMD)
+            k_BMKH, v_BMKH = (
+                Linear((D,), (K, H), ("embed", "kv_heads", "head_dim"), c.attention_bias, name=n)(
+                    x_BMD
+                )
+                for n in "kv"
+            )
+            q_BMNH, k_BMKH = apply_rope(q_BMNH, rope), apply_rope(k_BMKH, rope)
+        with jax.named_scope("tree_attention"):
+            out_BMNH = self._attend(q_BMNH, k_BMKH, v_BMKH, view)
+        with jax.named_scope("output"):
+            out_BMD = Linear(
+                (N, H), (D,), ("heads", "head_dim", "embed"), c.attention_bias, name="o"
+            )(out_BMNH)
+        return out_BMD, k_BMKH, v_BMKH
+
+    def _attend(self, q_BMNH, k_BMKH, v_BMKH, view: View):
+        k_tree, v_tree = k_BMKH, v_BMKH
+        if view.scratch is not None:
+            k_tree = jnp.concatenate([view.scratch.k[self.layer], k_BMKH], axis=1)
+            v_tree = jnp.concatenate([view.scratch.v[self.layer], v_BMKH], axis=1)
+        if view.cache is not None:
+            pages = view.cache.k_pages, view.cache.v_pages, view.cache.layer_table(self.layer)
+            length_B = view.cache.length
+        else:
+            B, _, K, H = k_BMKH.shape
+            empty = jnp.zeros((1, K, 1, H), k_BMKH.dtype)
+            pages = empty, empty, jnp.zeros((B, 0), jnp.int32)
+            length_B = jnp.zeros(B, jnp.int32)
+        return tree_attention(
+            q_BMNH, k_tree, v_tree, *pages, length_B, view.mask, first_BM=view.first
+        )

@@ -1,0 +1,206 @@
+"""Which tensor of a checkpoint is which parameter, and every check of a file against a config.
+
+An `Entry` ties a Hugging Face tensor name to a path in the parameter tree. Files store linear maps
+as [out, in], we store kernels as [in..., out...]: so a "kernel" is transposed and then takes its
+parameter shape, anything else is only reshaped. Both directions follow from the entry alone, hence
+loading, saving and the name translation of GGUF share this one table.
+"""
+
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from ..config import DraftConfig, LlamaConfig
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; one line: the file, the tensor, what is wrong."""
+
+
+def one_line(error: Exception) -> str:
+    """The first line of what another library says, for messages of our own."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor of a file, not read yet; `shape` is that of the file."""
+
+    file: Path
+    shape: tuple[int, ...]
+    read: Callable[[], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One parameter: its Hugging Face name, its path and its shape in the parameter tree."""
+
+    module: str
+    path: tuple[str, ...]
+    shape: tuple[int, ...]
+    num_inputs: int = 0
+    """Leading axes of a kernel that are contracted; 0: not a kernel."""
+
+    @property
+    def name(self) -> str:
+        """The tensor name in a Hugging Face file."""
+        return f"{self.module}.{'bias' if self.path[-1] == 'bias' else 'weight'}"
+
+    @property
+    def file_shape(self) -> tuple[int, ...]:
+        """The shape in a Hugging Face file."""
+        if self.num_inputs:
+            inputs, outputs = self.shape[: self.num_inputs], self.shape[self.num_inputs :]
+            return math.prod(outputs), math.prod(inputs)
+        return (math.prod(self.shape),) if self.path[-1] == "bias" else self.shape
+
+    def to_param(self, array: np.ndarray) -> np.ndarray:
+        """From the layout of the file to that of the parameter tree."""
+        return np.reshape(array.T if self.num_inputs else array, self.shape)
+
+    def to_file(self, array: np.ndarray) -> np.ndarray:
+        """The inverse of `to_param`."""
+        if not self.num_inputs:
+            return np.reshape(array, self.file_shape)
+        return np.ascontiguousarray(np.reshape(array, self.file_shape[::-1]).T)
+
+
+def linear(
+    module: str,
+    path: tuple[str, ...],
+    inputs: tuple[int, ...],
+    outputs: tuple[int, ...],
+    bias: bool,
+) -> list[Entry]:
+    """The entries of a linear map: kernel [in..., out...] and, if it has one, bias [out...]."""
+    entries = [Entry(module, (*path, "kernel"), inputs + outputs, len(inputs))]
+    return entries + [Entry(module, (*path, "bias"), outputs)] if bias else entries
+
+
+def layer_entries(
+    config: LlamaConfig, index: int, prefix: str, *, attention_norm: bool = True
+) -> list[Entry]:
+    """The entries of one decoder layer; `prefix` is what the file puts before "layers."."""
+    c = config
+    D, F, N, K, H = c.hidden_size, c.intermediate_size, c.num_heads, c.num_kv_heads, c.head_dim
+    module, path = f"{prefix}layers.{index}", (f"layers_{index}",)
+    entries = []
+    if attention_norm:
+        entries.append(Entry(f"{module}.input_layernorm", (*path, "attention_norm", "scale"), (D,)))
+    entries.append(Entry(f"{module}.post_attention_layernorm", (*path, "mlp_norm", "scale"), (D,)))
+    for name, inputs, outputs in (
+        ("q", (D,), (N, H)), ("k", (D,), (K, H)), ("v", (D,), (K, H)), ("o", (N, H), (D,)),
+    ):  # fmt: skip
+        at = f"{module}.self_attn.{name}_proj"
+        entries += linear(at, (*path, "attention", name), inputs, outputs, c.attention_bias)
+    for name, inputs, outputs in (("gate", (D,), (F,)), ("up", (D,), (F,)), ("down", (F,), (D,))):
+        at = f"{module}.mlp.{name}_proj"
+        entries += linear(at, (*path, "mlp", name), inputs, outputs, c.mlp_bias)
+    return entries
+
+
+def target_entries(config: LlamaConfig) -> list[Entry]:
+    """Every parameter of a Llama, under its Hugging Face name."""
+    D, V = config.hidden_size, config.vocab_size
+    entries = [Entry("model.embed_tokens", ("embed", "embedding"), (V, D))]
+    for i in range(config.num_layers):
+        entries += layer_entries(config, i, "model.")
+    entries.append(Entry("model.norm", ("norm", "scale"), (D,)))
+    if not config.tie_embeddings:
+        entries += linear("lm_head", ("lm_head",), (D,), (V,), bias=False)
+    return entries
+
+
+def draft_entries(config: DraftConfig) -> list[Entry]:
+    """Every parameter of an EAGLE draft, under the names that EAGLE files use."""
+    D = config.layer.hidden_size
+    entries = linear("fc", ("fc",), (D + config.feature_width,), (D,), config.fc_bias)
+    for i in range(config.layer.num_layers):
+        norm = config.input_norm or i > 0
+        entries += layer_entries(config.layer, i, "", attention_norm=norm)
+    if config.output_norm:
+        entries.append(Entry("norm", ("norm", "scale"), (D,)))
+    return entries
+
+
+def check_tensors(
+    expected: Mapping[str, tuple[int, ...]],
+    tensors: Mapping[str, Tensor],
+    source: Path,
+    *,
+    ignored: Collection[str] = (),
+) -> None:
+    """Raises CheckpointError unless `tensors` has the expected names and shapes, and no others.
+
+    Old files carry rotary_emb.inv_freq, which may be left over like the names in `ignored`.
+    """
+    if missing := [name for name in expected if name not in tensors]:
+        raise CheckpointError(f"{source}: {_named('tensor', missing)} missing")
+    spare = tuple(ignored)
+    extra = [
+        name
+        for name in tensors
+        if name not in expected and name not in spare and not name.endswith("rotary_emb.inv_freq")
+    ]
+    if extra:
+        where = tensors[extra[0]].file
+        raise CheckpointError(f"{where}: {_named('tensor', extra)} not expected by the config")
+    for name, shape in expected.items():
+        tensor = tensors[name]
+        if tuple(tensor.shape) != shape:
+            raise CheckpointError(
+                f"{tensor.file}: tensor {name} has shape {list(tensor.shape)}, "
+                f"expected {list(shape)} from the config"
+            )
+
+
+def file_shapes(entries: Iterable[Entry]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors of a Hugging Face file."""
+    return {entry.name: entry.file_shape for entry in entries}
+
+
+def to_params(
+    entries: Iterable[Entry], tensors: Mapping[str, Tensor], *, dtype: str
+) -> dict[str, Any]:
+    """The parameter tree in `dtype`, read from `tensors` (checked, by Hugging Face name)."""
+    leaves = {}
+    for entry in entries:
+        array = entry.to_param(tensors[entry.name].read())
+        leaves[entry.path] = jnp.asarray(np.ascontiguousarray(array, dtype=jnp.dtype(dtype)))
+    return nested(leaves)
+
+
+def nested(leaves: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
+    """The tree of nested dicts that has these leaves at these paths."""
+    tree: dict[str, Any] = {}
+    for (*parents, last), leaf in leaves.items():
+        node = tree
+        for key in parents:
+            node = node.setdefault(key, {})
+        node[last] = leaf
+    return tree
+
+
+def to_tensors(entries: Iterable[Entry], params: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The tensors of a file, by Hugging Face name; the inverse of `to_params`."""
+    tensors = {}
+    for entry in entries:
+        leaf: Any = params
+        for key in entry.path:
+            leaf = leaf[key]
+        tensors[entry.name] = entry.to_file(np.asarray(leaf))
+    return tensors
+
+
+def _named(noun: str, names: list[str]) -> str:
+    """'tensor a is' or 'tensors a, b, c and 4 more are'."""
+    if len(names) == 1:
+        return f"{noun} {names[0]} is"
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{noun}s {', '.join(names[:3])}{more} are"

@@ -1,0 +1,288 @@
+"""The EAGLE draft: FC over (embedding of a token, feature before it), then dense decoder layers.
+
+Its output estimates the target's next feature, so the target's own head turns it into logits
+(EAGLE-1, arXiv 2401.15077; several dense layers and an output norm as in arXiv 2508.08192).
+
+Slot i of the draft's cache holds the pair (token i, feature of token i-1) at RoPE position i. Slot
+0 has no feature and is never attended. So draft and target share positions, masks and page table.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
+
+from pallas_kernels.compat import order_after
+
+from .attention import View
+from .cache import KV, PagedCache, commit
+from .config import DraftConfig
+from .layers import Linear, RMSNorm, rope_angles
+from .llama import DecoderLayer, Target
+from .sampling import Purpose, Sampling, gumbel, processed_scores
+from .tree import Tree, TreeShape, ancestor_mask
+from .verify import DraftLaw
+
+
+class EagleDraft(nn.Module):
+    """FC and decoder layers; embedding and head are the target's."""
+
+    config: DraftConfig
+
+    @nn.compact
+    def __call__(self, embeds_BMD, features_BMF, view: View):
+        c, layer = self.config, self.config.layer
+        D, F = layer.hidden_size, c.feature_width
+        with jax.named_scope("fc"):
+            pair = jnp.concatenate([embeds_BMD, features_BMF.astype(embeds_BMD.dtype)], axis=-1)
+            x_BMD = Linear((D + F,), (D,), ("feature", "embed"), c.fc_bias, name="fc")(pair)
+        rope = rope_angles(layer, view.position)
+        keys, values = [], []
+        for i in range(layer.num_layers):
+            norm = c.input_norm or i > 0
+            with jax.named_scope(f"draft_layer_{i}"):
+                x_BMD, k, v = DecoderLayer(layer, i, norm, name=f"layers_{i}")(x_BMD, rope, view)
+            keys.append(k)
+            values.append(v)
+        if c.output_norm:
+            x_BMD = RMSNorm(D, layer.rms_norm_eps, name="norm")(x_BMD)
+        return x_BMD, KV(k=jnp.stack(keys), v=jnp.stack(values))
+
+
+class Proposal(struct.PyTreeNode):
+    """The draft tree of one round."""
+
+    tree: Tree
+    tokens: Int[Array, "B M"]
+    expanded: Int[Array, "B M"]
+    """Which expanded node each node is, 0 = the root; 0 too for nodes that proposed nothing."""
+    law: DraftLaw | None
+    """What the tokens were drawn from; None when drafting greedily."""
+    scratch: KV | None
+    """Draft keys and values of the expanded nodes, root excluded; None if only the root was."""
+
+
+class Sync(struct.PyTreeNode):
+    """Pairs whose draft keys and values are still to be computed from true features."""
+
+    tokens: Int[Array, "B A"]
+    """Accepted tokens, then the new root."""
+    features: Float[Array, "B A F"]
+    """The target's features of the tokens just before them."""
+    count: Int[Array, "B"]
+    """Valid rows; 0 for a finished sequence."""
+
+
+class Draft(struct.PyTreeNode):
+    """Parameters of an EAGLE draft plus its static config: a pytree, like `Target`."""
+
+    params: Any
+    draft_to_target: Int[Array, "U"] | None
+    """Target token of each draft token; None: the vocabularies are the same."""
+    config: DraftConfig = struct.field(pytree_node=False)
+
+    def __call__(self, target: Target, tokens_BM, features_BMF, view: View):
+        """One pass over pairs (token, feature before it): (estimated features, new KV)."""
+        return EagleDraft(self.config).apply(
+            {"params": self.params}, target.embed(tokens_BM), features_BMF, view
+        )
+
+    def bind_head(self, target: Target):
+        """The target's head cut to the draft vocabulary: a function x -> logits [..., U].
+
+        Call it outside a loop, so that the cut happens once.
+        """
+        if self.draft_to_target is None:
+            return target.head
+        rows_UD = target.head_rows(self.draft_to_target)
+
+        def head(x):
+            logits = jax.lax.dot_general(x, rows_UD, (((x.ndim - 1,), (1,)), ((), ())))
+            return logits.astype(jnp.float32)
+
+        return head
+
+    def to_target(self, tokens: Int[Array, "..."]) -> Int[Array, "..."]:
+        """Target tokens of draft tokens."""
+        return tokens if self.draft_to_target is None else jnp.take(self.draft_to_target, tokens)
+
+    def extend(
+        self, target: Target, cache: PagedCache, sync: Sync
+    ) -> tuple[PagedCache, Float[Array, "B A D"]]:
+        """Commits a chain of pairs: a prompt chunk, or the tokens accepted in the last round.
+
+        Returns the cache and the draft's output at each row.
+        """
+        B, A = sync.tokens.shape
+        row_BA = jnp.broadcast_to(jnp.arange(A, dtype=jnp.int32)[None], (B, A))
+        position_BA = cache.length[:, None] + row_BA
+        # Slot 0 holds no pair. `first` hides it in the prefix, the mask while it is a new row.
+        mask_BAA = jnp.tril(jnp.ones((A, A), bool))[None] & (position_BA > 0)[:, None, :]
+        mask_BAA = mask_BAA | jnp.eye(A, dtype=bool)[None]
+        view = View(position_BA, mask_BAA, cache, jnp.ones_like(row_BA))
+        x_BAD, new_kv = self(target, sync.tokens, sync.features, view)
+        return commit(cache, new_kv, row_BA, order_after(x_BAD, sync.count)), x_BAD
+
+    def expand(
+        self,
+        target: Target,
+        head,
+        shape: TreeShape,
+        cache: PagedCache,
+        sync: Sync,
+        sampling: Sampling | None,
+    ) -> tuple[PagedCache, Proposal]:
+        """Grows the draft tree under the new root: the sync pass, then one pass a depth.
+
+        Args:
+          head: what `bind_head` returned.
+          cache: the draft's cache; the sync rows are committed to it at once.
+          sync: accepted tokens with true features; the last valid row is the root.
+          sampling: None: each node proposes the draft's favourites. Otherwise children are drawn
+            from the draft's own processed law, without replacement.
+        """
+        cache, x_BAD = self.extend(target, cache, sync)
+        last_B1 = jnp.maximum(sync.count - 1, 0)[:, None]
+        root_B1 = jnp.take_along_axis(sync.tokens, last_B1, axis=1)
+        x_BWD = jnp.take_along_axis(x_BAD, last_B1[:, :, None], axis=1)
+        frontier = _Frontier(  # the root: it has no scratch row, its KV is committed
+            pool=jnp.zeros_like(root_B1),
+            scores=jnp.zeros(root_B1.shape),
+            mask=jnp.zeros((*root_B1.shape, 0), bool),
+        )
+        pool, expanded, laws = _Pool.of_root(root_B1), [frontier.pool], []
+        scratch, first_node = None, 0
+        for depth, level in enumerate(shape.levels):
+            position_B = cache.length + depth  # of the children; the root is in the cache
+            tokens_BWk, scores_BWk, law_BWU = _propose(
+                head(x_BWD), level.width, position_B, sampling, first_node
+            )
+            first_node += x_BWD.shape[1]
+            laws.append(law_BWU)
+            row, rank = np.array(level.frontier_row), np.array(level.rank)
+            tokens_BX = self.to_target(tokens_BWk[:, row, rank])
+            scores_BX = frontier.scores[:, row] + scores_BWk[:, row, rank]
+            start = pool.size
+            pool = pool.append(tokens_BX, scores_BX, frontier.pool[:, row], rank, depth + 1)
+            if depth + 1 == shape.max_depth:
+                break
+            chosen_BW = shape.next_frontier(depth, scores_BX)
+            row_BW = jnp.take(jnp.asarray(row), chosen_BW)
+            frontier = frontier.descend(chosen_BW + start, _take(scores_BX, chosen_BW), row_BW)
+            position_BW = jnp.broadcast_to(position_B[:, None], chosen_BW.shape)
+            view = View(position_BW, frontier.mask, cache, jnp.ones_like(chosen_BW), scratch)
+            x_BWD, new_kv = self(target, _take(tokens_BX, chosen_BW), _take(x_BWD, row_BW), view)
+            scratch = new_kv if scratch is None else scratch.append(new_kv)
+            expanded.append(frontier.pool)
+        tree, tokens_BM, expanded_BM = pool.finish(shape, jnp.concatenate(expanded, axis=1))
+        law = None
+        if sampling is not None and laws:
+            law = DraftLaw(jnp.concatenate(laws, axis=1), expanded_BM, self.draft_to_target)
+        return cache, Proposal(tree, tokens_BM, expanded_BM, law, scratch)
+
+
+def _take(x, index_BW):
+    """Rows of x [B, X, ...] at index [B, W]."""
+    return jnp.take_along_axis(x, jnp.expand_dims(index_BW, range(2, x.ndim)), axis=1)
+
+
+def _propose(logits_BWU, width: int, position_B, sampling: Sampling | None, first_node: int):
+    """Children of each frontier row: (draft tokens, log-probabilities, law), [B, W, width].
+
+    Sampled children come in the order of the Gumbel-top-k trick, which is the order of sequential
+    draws without replacement. `first_node` numbers the expanded nodes for their random keys.
+    """
+    if sampling is None:
+        if width == 1:
+            tokens_BWk = jnp.argmax(logits_BWU, axis=-1, keepdims=True).astype(jnp.int32)
+        else:
+            tokens_BWk = jax.lax.top_k(logits_BWU, width)[1].astype(jnp.int32)
+        log_probs_BWU, law_BWU = jax.nn.log_softmax(logits_BWU), None
+    else:
+        B, W, U = logits_BWU.shape
+        scores_BWU = processed_scores(logits_BWU, sampling)
+        node_BW = jnp.broadcast_to(jnp.arange(W, dtype=jnp.int32)[None] + first_node, (B, W))
+        position_BW = jnp.broadcast_to(position_B[:, None], (B, W))
+        noise_BWU = gumbel(sampling.seed, position_BW, Purpose.DRAFT, U, node_BW)
+        tokens_BWk = jax.lax.top_k(scores_BWU + noise_BWU, width)[1].astype(jnp.int32)
+        log_probs_BWU, law_BWU = jax.nn.log_softmax(scores_BWU), jax.nn.softmax(scores_BWU)
+    return tokens_BWk, jnp.take_along_axis(log_probs_BWU, tokens_BWk, axis=2), law_BWU
+
+
+class _Frontier(struct.PyTreeNode):
+    """The nodes that propose next."""
+
+    pool: Int[Array, "B W"]
+    """Pool index."""
+    scores: Float[Array, "B W"]
+    """Cumulative log-probability."""
+    mask: Bool[Array, "B W X"]
+    """Ancestor-or-self among the scratch rows, the frontier's own included."""
+
+    def descend(self, pool_BW, scores_BW, row_BW) -> "_Frontier":
+        """The frontier of chosen children; `row_BW` is each one's parent row in this frontier."""
+        B, W = pool_BW.shape
+        own_BWW = jnp.broadcast_to(jnp.eye(W, dtype=bool)[None], (B, W, W))
+        mask_BWX = jnp.concatenate([_take(self.mask, row_BW), own_BWW], axis=2)
+        return _Frontier(pool=pool_BW, scores=scores_BW, mask=mask_BWX)
+
+
+class _Pool(struct.PyTreeNode):
+    """All nodes proposed so far, in order of creation; index 0 is the root."""
+
+    tokens: Int[Array, "B X"]
+    scores: Float[Array, "B X"]
+    parent: Int[Array, "B X"]
+    rank: Int[Array, "B X"]
+    depth: Int[Array, "B X"]
+
+    @classmethod
+    def of_root(cls, root_B1) -> "_Pool":
+        zeros = jnp.zeros_like(root_B1)
+        # Scores of the root beat all others: a selection always keeps it.
+        return cls(root_B1, jnp.full(root_B1.shape, jnp.inf), zeros, zeros, zeros)
+
+    @property
+    def size(self) -> int:
+        return self.tokens.shape[1]
+
+    def append(self, tokens_BX, scores_BX, parent_BX, rank, depth: int) -> "_Pool":
+        new = _Pool(
+            tokens_BX,
+            scores_BX,
+            parent_BX,
+            jnp.broadcast_to(jnp.asarray(rank, jnp.int32)[None], tokens_BX.shape),
+            jnp.full_like(tokens_BX, depth),
+        )
+        return jax.tree.map(lambda old, x: jnp.concatenate([old, x], axis=1), self, new)
+
+    def finish(self, shape: TreeShape, expanded_BE):
+        """The tree that `shape` selects: (tree, tokens, expanded), with node for pool indices."""
+        chosen_BM = shape.select(self.scores)
+        parent_BM = _take(self._inverse(chosen_BM), _take(self.parent, chosen_BM))
+        tree = Tree(
+            parent=parent_BM,
+            depth=_take(self.depth, chosen_BM),
+            rank=_take(self.rank, chosen_BM),
+            mask=ancestor_mask(parent_BM, shape.max_depth),
+        )
+        expanded_BM = _take(self._inverse(expanded_BE), chosen_BM)
+        return tree, _take(self.tokens, chosen_BM), expanded_BM
+
+    def _inverse(self, index_BM) -> Int[Array, "B X"]:
+        """Where each pool node stands in `index_BM`; 0 if nowhere."""
+        B, M = index_BM.shape
+        place_BM = jnp.broadcast_to(jnp.arange(M, dtype=jnp.int32)[None], (B, M))
+        return jnp.zeros_like(self.tokens).at[jnp.arange(B)[:, None], index_BM].set(place_BM)
+
+
+def init_draft_params(config: DraftConfig, key: jax.Array) -> Any:
+    """Random parameters of a draft, as plain arrays."""
+    embeds = jnp.zeros((1, 1, config.layer.hidden_size), config.layer.dtype)
+    features = jnp.zeros((1, 1, config.feature_width), config.layer.dtype)
+    view = View(position=jnp.zeros((1, 1), jnp.int32))
+    return nn.unbox(EagleDraft(config).init(key, embeds, features, view))["params"]

@@ -1,0 +1,107 @@
+"""What a checkpoint holds, in lines of text: `jax-eagle inspect`."""
+
+import dataclasses
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from . import hub
+from .checkpoint import eagle, hf, orbax
+from .checkpoint.files import read_json
+from .config import ConfigError, DraftConfig, LlamaConfig
+from .draft import Draft
+from .generate import PAGE_SIZE
+from .llama import Target
+from .load import check_fit, dtype_name, load_target
+
+
+def inspect(name: str, *, target: Target | None = None) -> Iterator[str]:
+    """Describes a target or a draft, line by line, after loading it whole.
+
+    Args:
+      target: what a draft has to fit; None: not checked.
+
+    Raises:
+      ValueError: a checkpoint that cannot be used, or a draft that does not fit.
+    """
+    path = hub.resolve(name)
+    if not is_draft(path):
+        if target is not None:
+            raise ConfigError(f"{name} is a target, expected a draft to compare with one")
+        yield from _target_lines(path, load_target(path))
+        return
+    load = orbax.load_draft if orbax.is_orbax(path) else eagle.load
+    draft = load(path, dtype=dtype_name(None))
+    if target is not None:
+        check_fit(draft, target, str(path))
+    yield from _draft_lines(path, draft, fits=target is not None)
+
+
+def is_draft(path: Path) -> bool:
+    """Whether a folder holds a draft: by its config, or by its tensors if it is an official one."""
+    if not (path / "config.json").is_file():
+        return False
+    if "eagle" in read_json(path / "config.json"):
+        return True
+    return not orbax.is_orbax(path) and "fc.weight" in hf.read_folder(path)
+
+
+def _target_lines(path: Path, target: Target) -> Iterator[str]:
+    config = target.config
+    yield f"target {path}"
+    yield from _config_lines(config, skip=("stop_token_ids",))
+    yield _line("stop_token_ids", _tokens(target))
+    yield _line("tokenizer", target.tokenizer or "none: prompts are token ids")
+    yield from _cache_lines(config, target.params)
+    yield from _tensor_lines(target.params)
+
+
+def _draft_lines(path: Path, draft: Draft, *, fits: bool) -> Iterator[str]:
+    layer = draft.config.layer
+    yield f"draft {path}"
+    yield from _config_lines(draft.config, skip=("layer",))
+    yield _line("layers", f"{layer.num_layers} of {layer.num_heads} heads")
+    needs = f"hidden size {layer.hidden_size}, vocabulary {layer.vocab_size}"
+    yield _line("target", f"fits ({needs})" if fits else f"not checked; needs {needs}")
+    yield from _cache_lines(layer, draft.params)
+    yield from _tensor_lines(draft.params)
+
+
+def _config_lines(config: LlamaConfig | DraftConfig, *, skip: tuple[str, ...]) -> Iterator[str]:
+    for field in dataclasses.fields(config):
+        if field.name not in skip:
+            yield _line(field.name, getattr(config, field.name))
+
+
+def _cache_lines(config: LlamaConfig, params: Any) -> Iterator[str]:
+    leaves = jax.tree.leaves(params)
+    num_bytes = sum(leaf.nbytes for leaf in leaves)
+    yield _line("parameters", f"{sum(leaf.size for leaf in leaves):,} ({num_bytes / 1e6:,.1f} MB)")
+    item = jnp.dtype(config.dtype).itemsize
+    token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * item
+    yield _line("KV cache", f"{token:,} bytes a token, {token * PAGE_SIZE:,} a page of {PAGE_SIZE}")
+
+
+def _tensor_lines(params: Any) -> Iterator[str]:
+    """One line for all tensors that differ in the layer's number alone."""
+    counts: Counter[tuple[str, str]] = Counter()
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
+        name = re.sub(r"\blayers_\d+", "layers_*", "/".join(key.key for key in keys))
+        counts[name, f"{leaf.dtype} {list(leaf.shape)}"] += 1
+    yield "tensors"
+    for (name, shape), count in counts.items():
+        yield f"  {name:<36} {shape}{f' x {count}' if count > 1 else ''}"
+
+
+def _tokens(target: Target) -> str:
+    ids, tokenizer = target.config.stop_token_ids, target.tokenizer
+    return ", ".join(f"{i} {tokenizer.decode([i])!r}" if tokenizer else str(i) for i in ids)
+
+
+def _line(name: str, value: Any) -> str:
+    return f"  {name:<20} {value}"

@@ -1,0 +1,132 @@
+"""The small Linen layers: linear maps, RMS norm, embedding, SwiGLU, rotary embedding.
+
+Each parameter declares its shape, logical axes and initialiser once; `sharding.py` maps the logical
+axes to a mesh. Kernels are stored [in..., out...], so a matrix product needs no transposition.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from .config import LlamaConfig
+
+
+def partitioned(init: Callable[..., Any], axes: tuple[str, ...]) -> Callable[..., Any]:
+    """An initialiser whose parameter carries logical axis names."""
+    return nn.with_logical_partitioning(init, axes)
+
+
+class Linear(nn.Module):
+    """x @ kernel (+ bias), contracting the last `len(in_shape)` axes of x with the kernel's."""
+
+    in_shape: tuple[int, ...]
+    out_shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    use_bias: bool = False
+    init_scale: float = 1.0
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        fan_in_axes = tuple(range(len(self.in_shape)))
+        init = nn.initializers.variance_scaling(
+            self.init_scale, "fan_in", "normal", in_axis=fan_in_axes,
+            out_axis=tuple(range(len(self.in_shape), len(self.axes))),
+        )  # fmt: skip
+        kernel = self.param(
+            "kernel",
+            partitioned(init, self.axes),
+            self.in_shape + self.out_shape,
+            x.dtype,
+        )
+        contract = tuple(range(x.ndim - len(self.in_shape), x.ndim))
+        y = jax.lax.dot_general(x, kernel, ((contract, fan_in_axes), ((), ())))
+        if self.use_bias:
+            bias_init = partitioned(
+                nn.initializers.zeros_init(), self.axes[len(self.in_shape) :]
+            )
+            bias = self.param("bias", bias_init, self.out_shape, x.dtype)
+            y = y + jnp.reshape(bias, (1,) * (y.ndim - bias.ndim) + bias.shape)
+        return y
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm: statistics in float32, cast back, then the weight (HF's order)."""
+
+    width: int
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        init = partitioned(nn.initializers.ones_init(), ("embed",))
+        scale = self.param("scale", init, (self.width,), x.dtype)
+        x32 = x.astype(jnp.float32)
+        inverse = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        return (x32 * inverse).astype(x.dtype) * jnp.reshape(scale, (1,) * (x.ndim - 1) + (-1,))
+
+
+class Embed(nn.Module):
+    """Token embedding [V, D]; `attend` uses the same table as the output head when tied."""
+
+    vocab_size: int
+    width: int
+    dtype: jnp.dtype
+
+    def setup(self):
+        init = partitioned(nn.initializers.normal(1.0), ("vocab", "embed"))
+        self.embedding = self.param("embedding", init, (self.vocab_size, self.width), self.dtype)
+
+    def __call__(self, tokens: Int[Array, "..."]) -> Float[Array, "... D"]:
+        return jnp.take(self.embedding, tokens, axis=0)
+
+    def attend(self, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
+        return jax.lax.dot_general(x, self.embedding, (((x.ndim - 1,), (1,)), ((), ())))
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x))."""
+
+    config: LlamaConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B M D"]) -> Float[Array, "B M D"]:
+        c = self.config
+        D, F = (c.hidden_size,), (c.intermediate_size,)
+        gate = Linear(D, F, ("embed", "mlp"), c.mlp_bias, name="gate")(x)
+        up = Linear(D, F, ("embed", "mlp"), c.mlp_bias, name="up")(x)
+        return Linear(F, D, ("mlp", "embed"), c.mlp_bias, name="down")(nn.silu(gate) * up)
+
+
+def rope_frequencies(config: LlamaConfig) -> Float[Array, "H/2"]:
+    """Angle per position of each rotary pair, float32, Llama 3 scaling applied.
+
+    Wavelengths below original / high_freq_factor stay, those above original / low_freq_factor
+    are stretched by `factor`, and the band between is blended.
+    """
+    exponent = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
+    frequency = 1.0 / config.rope_theta**exponent
+    if (s := config.rope_scaling) is None:
+        return frequency
+    turns = s.original_max_position * frequency / (2 * jnp.pi)
+    band = max(s.high_freq_factor - s.low_freq_factor, 1e-6)  # Llama 4 Scout: low equals high
+    smooth = jnp.clip((turns - s.low_freq_factor) / band, 0.0, 1.0)
+    return (1 - smooth) * frequency / s.factor + smooth * frequency
+
+
+def rope_angles(config: LlamaConfig, position_BM: Int[Array, "B M"]):
+    """(cos, sin), each [B, M, 1, H/2] in float32, from integer positions."""
+    angle = position_BM.astype(jnp.float32)[:, :, None, None] * jnp.reshape(
+        rope_frequencies(config), (1, 1, 1, -1)
+    )
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def apply_rope(x_BMNH: Float[Array, "B M N H"], rope) -> Float[Array, "B M N H"]:
+    """Rotates pairs (i, i + H/2), the Hugging Face Llama layout."""
+    cos, sin = rope
+    first, second = jnp.split(x_BMNH.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x_BMNH.dtype)

@@ -1,0 +1,101 @@
+"""`load_target` and `load_draft`: a name or a path to a model that is ready to run."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from . import hub
+from .checkpoint import eagle, gguf, hf, orbax
+from .checkpoint.mapping import CheckpointError
+from .config import ConfigError
+from .draft import Draft
+from .llama import Target
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def load_target(name_or_path: str | os.PathLike, *, dtype: Any = None, mesh: Any = None) -> Target:
+    """Loads a target: a known name, a Hugging Face folder, a .gguf, an Orbax folder or a hub id.
+
+    Args:
+      dtype: of the parameters and of the computation; None: float32 on CPU, bfloat16 on GPU.
+      mesh: devices to spread the parameters over; not supported yet.
+
+    Raises:
+      CheckpointError: files that are missing, truncated, or do not fit their config.
+      ConfigError: an architecture or an option that is not supported.
+      DownloadError: the model could not be fetched.
+    """
+    if mesh is not None:
+        raise NotImplementedError(
+            "load_target(mesh=...) is not supported yet: the target runs on one device (mesh=None)"
+        )
+    name = dtype_name(dtype)
+    path = hub.resolve(name_or_path)
+    if path.is_file():
+        return _read(gguf.load, path, name)
+    return _read(orbax.load_target if orbax.is_orbax(path) else hf.load, path, name)
+
+
+def load_draft(name_or_path: str | os.PathLike, target: Target, *, dtype: Any = None) -> Draft:
+    """Loads an EAGLE draft and refuses one that does not fit the target.
+
+    Args:
+      dtype: None: that of the target.
+
+    Raises:
+      CheckpointError: files that do not fit their config, or a draft of another target.
+    """
+    name = target.config.dtype if dtype is None else dtype_name(dtype)
+    path = hub.resolve(name_or_path)
+    if path.is_file():
+        raise CheckpointError(f"{path}: a draft is a folder with config.json and model.safetensors")
+    draft = _read(orbax.load_draft if orbax.is_orbax(path) else eagle.load, path, name)
+    check_fit(draft, target, str(path))
+    return draft
+
+
+def _read(load: Callable[..., Any], path: Path, dtype: str) -> Any:
+    """Runs one loader; a config it cannot use is reported with the path."""
+    try:
+        return load(path, dtype=dtype)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def check_fit(draft: Draft, target: Target, source: str) -> None:
+    """Raises CheckpointError unless widths and vocabulary of the draft are the target's."""
+    own, its = draft.config, target.config
+    for what, given, expected in (
+        ("hidden size", own.layer.hidden_size, its.hidden_size),
+        ("feature width", own.feature_width, its.hidden_size),
+        ("vocabulary size", own.layer.vocab_size, its.vocab_size),
+    ):
+        if given != expected:
+            raise CheckpointError(
+                f"{source}: a draft of another target: its {what} is {given}, "
+                f"this target needs {expected}"
+            )
+    if draft.draft_to_target is None:
+        return
+    ids = np.asarray(draft.draft_to_target)
+    if ids.min() < 0 or ids.max() >= its.vocab_size or len(np.unique(ids)) != len(ids):
+        raise CheckpointError(
+            f"{source}: tensor d2t maps to ids {ids.min()}..{ids.max()}, "
+            f"expected distinct ids in 0..{its.vocab_size - 1}"
+        )
+
+
+def dtype_name(dtype: Any = None) -> str:
+    """The name of a parameter dtype; None: float32 on CPU, bfloat16 on GPU."""
+    if dtype is None:
+        return "bfloat16" if jax.default_backend() == "gpu" else "float32"
+    name = jnp.dtype(dtype).name
+    if name not in DTYPES:
+        raise ConfigError(f"dtype {name} is not supported, expected one of {', '.join(DTYPES)}")
+    return name

@@ -1,0 +1,107 @@
+"""Tree attention in plain jnp: the meaning of the kernels, and what runs on a CPU.
+
+The queries of a KV head's group fold into one axis (Q = M * G rows per KV head), so both passes
+are matrix products. Two invariants hold for every implementation: a slot at or behind `length`
+never reaches the output, even if it holds NaN, and the merge is exact.
+"""
+
+import functools
+
+import jax.numpy as jnp
+from einops import rearrange
+
+from ..compat import order_after
+
+_BLOCK_SLOTS, _MAX_BLOCKS = 64, 8
+"""Slots of the prefix that one pass reads at least, and passes over it at most."""
+
+
+def tree_attention_reference(
+    q_BMNH,
+    k_tree_BXKH,
+    v_tree_BXKH,
+    k_pages_PKCH,
+    v_pages_PKCH,
+    page_table_BR,
+    length_B,
+    tree_mask_BMX,
+    *,
+    first_BM=None,
+    scale,
+):
+    """Same arguments and result as `tree_attention`, in plain jnp."""
+    M, K = q_BMNH.shape[1], k_tree_BXKH.shape[2]
+    G = q_BMNH.shape[2] // K
+    dtype = q_BMNH.dtype
+    q_BKQH = rearrange(q_BMNH * jnp.asarray(scale, dtype), "b m (k g) h -> b k (m g) h", k=K)
+
+    if tree_mask_BMX is None:
+        X = k_tree_BXKH.shape[1]
+        tree_mask_BMX = (jnp.arange(X)[None, :] <= jnp.arange(M)[:, None] + X - M)[None]
+    mask_BQX = jnp.repeat(tree_mask_BMX, G, axis=1)
+    tree = _softmax_pass(
+        q_BKQH,
+        rearrange(k_tree_BXKH, "b x k h -> b k x h"),
+        rearrange(v_tree_BXKH, "b x k h -> b k x h"),
+        mask_BQX,
+    )
+    prefix = _prefix_passes(
+        q_BKQH, k_pages_PKCH, v_pages_PKCH, page_table_BR, length_B, first_BM, group=G
+    )
+    out_BKQH, total_BKQ1, _ = functools.reduce(_merge, prefix, tree)
+    out_BKQH = (out_BKQH / total_BKQ1).astype(dtype)
+    return rearrange(out_BKQH, "b k (m g) h -> b m (k g) h", m=M)
+
+
+def _prefix_passes(q_BKQH, k_pages_PKCH, v_pages_PKCH, page_table_BR, length_B, first_BM, *, group):
+    """Pass 1: all nodes against the committed pages; the only mask is the length (and `first`).
+
+    A few blocks of pages, each a pass of its own: blocks stay in the CPU's cache. They are unrolled
+    because a loop that captures the pools makes XLA copy them.
+    """
+    B, K, _, H = q_BKQH.shape
+    C, R = k_pages_PKCH.shape[2], page_table_BR.shape[1]
+    step = max(1, _BLOCK_SLOTS // C, -(-R // _MAX_BLOCKS))  # pages a block
+    page_table_BR = order_after(q_BKQH, page_table_BR)
+    head_1K1 = jnp.arange(K)[None, :, None]
+    for begin in range(0, R, step):
+        pages_BR = page_table_BR[:, begin : begin + step]
+        # Indexing the head as well makes the gather produce [B, K, R, C, H]: no transposition.
+        index = pages_BR[:, None, :], head_1K1
+        k_BKSH = jnp.reshape(k_pages_PKCH[index], (B, K, -1, H))
+        v_BKSH = jnp.reshape(v_pages_PKCH[index], (B, K, -1, H))
+        position_1S = begin * C + jnp.arange(k_BKSH.shape[2])[None, :]
+        written_BS = position_1S < length_B[:, None]
+        # 0 * NaN is NaN: values behind the length are cleared, not only their weights.
+        v_BKSH = jnp.where(written_BS[:, None, :, None], v_BKSH, jnp.zeros((), v_BKSH.dtype))
+        mask_BQS = written_BS[:, None, :]
+        if first_BM is not None:
+            seen_BMS = position_1S[:, None, :] >= first_BM[:, :, None]
+            mask_BQS = mask_BQS & jnp.repeat(seen_BMS, group, axis=1)
+        yield _softmax_pass(q_BKQH, k_BKSH, v_BKSH, mask_BQS)
+
+
+def _softmax_pass(q_BKQH, k_BKSH, v_BKSH, mask_BQS):
+    """Attention of one pass, not normalised: (sum of weighted values, sum of weights, max)."""
+    # Keys as the left operand: on a CPU this product is several times faster than q @ k^T.
+    scores_BKSQ = jnp.einsum("bksh,bkqh->bksq", k_BKSH, q_BKQH, preferred_element_type=jnp.float32)
+    scores_BKQS = jnp.where(mask_BQS[:, None], jnp.swapaxes(scores_BKSQ, 2, 3), -jnp.inf)
+    # A row that sees nothing has weights exp(-inf) = 0 under a finite maximum.
+    lowest = jnp.finfo(jnp.float32).min
+    max_BKQ1 = jnp.maximum(jnp.max(scores_BKQS, axis=-1, keepdims=True), lowest)
+    weights_BKQS = jnp.exp(scores_BKQS - max_BKQ1)
+    out_BKQH = jnp.einsum(
+        "bkqs,bksh->bkqh",
+        weights_BKQS.astype(v_BKSH.dtype),
+        v_BKSH,
+        preferred_element_type=jnp.float32,
+    )
+    return out_BKQH, jnp.sum(weights_BKQS, axis=-1, keepdims=True), max_BKQ1
+
+
+def _merge(a, b):
+    """Exact merge of two passes over disjoint keys: rescale both to the common maximum."""
+    (out_a, total_a, max_a), (out_b, total_b, max_b) = a, b
+    top = jnp.maximum(max_a, max_b)
+    scale_a, scale_b = jnp.exp(max_a - top), jnp.exp(max_b - top)
+    return scale_a * out_a + scale_b * out_b, scale_a * total_a + scale_b * total_b, top

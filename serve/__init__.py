@@ -1,0 +1,1 @@
+"""The server. Run from the checkout's root: `python -m serve.server`."""

@@ -1,0 +1,303 @@
+"""`python -m train.train --config configs/X.yaml`: distils an EAGLE draft from a frozen target.
+
+Read `run` first. A run's folder holds its configuration, its data and its checkpoints, so that
+`--resume` goes on exactly where it stopped; `metrics.jsonl` there has every logged figure.
+"""
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import typer
+import yaml
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from jax_eagle import Target, load_draft, load_target
+from jax_eagle.checkpoint import CheckpointError
+from jax_eagle.checkpoint.files import read_json, write_json
+from jax_eagle.config import ConfigError, DraftConfig
+from jax_eagle.hub import DownloadError
+from jax_eagle.load import dtype_name
+
+from . import checkpoint, data, init
+from .config import TrainConfig, load_config
+from .evaluate import evaluate
+from .export import export
+from .features import FeatureStore
+from .feed import Feed
+from .report import write_card
+from .step import Batch, TrainState, make_optimizer, make_train_step, target_features
+
+
+@dataclasses.dataclass
+class Run:
+    """What a run works with; only the state changes, and that is passed along."""
+
+    config: TrainConfig
+    folder: Path
+    target: Target
+    feed: Feed
+    validation: Feed
+    optimizer: optax.GradientTransformation
+    num_steps: int
+    checkpoints: checkpoint.Checkpoints
+
+
+def run(config: TrainConfig, *, target: Target | None = None, resume: bool = False,
+        stop_at: int | None = None) -> dict[str, Any]:  # fmt: skip
+    """Trains and exports; returns the figures of the card.
+
+    Args:
+      target: already loaded; None: the config's.
+      resume: go on from the newest checkpoint of the run's folder.
+      stop_at: leave after this step with a checkpoint and without an export (as if interrupted).
+
+    Raises:
+      ConfigError, CheckpointError: what is given cannot be used.
+    """
+    target = load_target(config.target, dtype=config.dtype) if target is None else target
+    work = _prepare(config, target, resume)
+    try:
+        state, seconds = _start(work, resume)
+        state, seconds = _train(work, state, seconds, stop_at)
+        work.checkpoints.save(state, seconds)
+        if stop_at is not None and int(state.step) < work.num_steps:
+            return {}
+        figures = _validate(work, state)
+        export(state.draft(), Path(config.output), "safetensors")
+        return write_card(config, work.feed, state, seconds, figures)
+    finally:
+        work.checkpoints.close()
+        if work.feed.store is not None:
+            work.feed.store.close()
+
+
+def _prepare(config: TrainConfig, target: Target, resume: bool) -> Run:
+    """Reads the data (or, resuming, what the run packed before) and opens the run's folder."""
+    folder = Path(config.run)
+    if resume and not (folder / "data.npz").is_file():
+        raise ConfigError(f"{folder}: nothing to resume")
+    if not resume and (folder / "checkpoints").is_dir() and any((folder / "checkpoints").iterdir()):
+        raise ConfigError(f"{folder}: holds a run already; --resume it, or name another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    if resume:
+        packed = checkpoint.load_data(folder / "data.npz")
+    else:
+        packed = data.load_data(
+            config.sources,
+            target.tokenizer,
+            vocab_size=target.config.vocab_size,
+            length=config.length,
+            validation_share=config.validation_share,
+        )
+        checkpoint.save_data(packed, folder / "data.npz")
+        settings = json.loads(json.dumps(dataclasses.asdict(config)))
+        (folder / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False), "utf-8")
+    store = None
+    if config.keep_features:
+        where = Path(config.features) if config.features else folder / "features"
+        store = FeatureStore(where, target, length=config.length, width=target.config.hidden_size)
+    feed = Feed(packed.train, store, batch=config.batch, seed=config.seed)
+    if not feed.steps_per_epoch:
+        raise ConfigError(f"{len(feed.rows)} rows of text are less than a batch of {config.batch}")
+    num_steps = config.epochs * feed.steps_per_epoch
+    return Run(
+        config=config,
+        folder=folder,
+        target=target.replace(tokenizer=None),
+        feed=feed,
+        validation=Feed(packed.validation, store, batch=config.batch),
+        optimizer=make_optimizer(config, num_steps),
+        num_steps=num_steps,
+        checkpoints=checkpoint.Checkpoints(folder, config.max_to_keep),
+    )
+
+
+def _start(work: Run, resume: bool) -> tuple[TrainState, float]:
+    """The state of step 0, or of the newest checkpoint, and the seconds spent before."""
+    if resume and work.checkpoints.latest_step() is not None:
+        draft = DraftConfig.from_dict(read_json(work.folder / "run.json")["draft"])
+        like = jax.eval_shape(lambda: _state(work, _for_dtype(draft, work.target), None, None))
+        return work.checkpoints.restore(like)
+    config, own = work.config, work.target.config
+    scale = init.input_scale(work.target)
+    if config.start in ("ridge", "random"):
+        U = config.draft_vocab_size
+        draft_config = DraftConfig.for_target(
+            own,
+            num_layers=config.num_layers,
+            input_norm=config.input_norm,
+            output_norm=config.output_norm,
+            draft_vocab_size=U,
+        )
+        ids = None
+        if U is not None:
+            if U > own.vocab_size:
+                raise ConfigError(f"draft_vocab_size {U}: the target has {own.vocab_size} tokens")
+            counts = checkpoint.load_data(work.folder / "data.npz").counts
+            ids = jnp.asarray(data.draft_vocabulary(counts, U, own.stop_token_ids))
+        params = _first_params(work, draft_config)
+    else:
+        draft = load_draft(config.start, work.target, dtype="float32")
+        draft_config, ids = _for_dtype(draft.config, work.target), draft.draft_to_target
+        params = init.scaled_params(draft.params, scale)
+    write_json(work.folder / "run.json", {"draft": draft_config.to_dict(), "steps": work.num_steps})
+    return _state(work, draft_config, params, ids), 0.0
+
+
+def _state(work: Run, draft_config: DraftConfig, params: Any, ids: jax.Array | None) -> TrainState:
+    """A state; without parameters one that only shows shapes."""
+    if params is None:
+        params = init.random_params(draft_config, jax.random.key(0))
+        if draft_config.draft_vocab_size is not None:
+            ids = jnp.zeros(draft_config.draft_vocab_size, jnp.int32)
+    return init.make_state(
+        draft_config,
+        params,
+        init.input_scale(work.target),
+        ids,
+        work.optimizer,
+        with_average=work.config.ema is not None,
+    )
+
+
+def _for_dtype(draft: DraftConfig, target: Target) -> DraftConfig:
+    layer = dataclasses.replace(draft.layer, dtype=target.config.dtype)
+    return dataclasses.replace(draft, layer=layer)
+
+
+def _first_params(work: Run, draft_config: DraftConfig) -> Any:
+    key = jax.random.key(work.config.seed)
+    if work.config.start == "random":
+        return init.random_params(draft_config, key)
+    batch = work.config.batch
+    count = max(1, min(work.config.start_rows // batch, work.feed.steps_per_epoch))
+    return init.ridge_params(
+        draft_config, work.target, (_with_features(work, step) for step in range(count)), key
+    )
+
+
+_features = jax.jit(target_features)
+
+
+def _with_features(work: Run, step: int) -> Batch:
+    numbers = work.feed.row_numbers(step)
+    batch = work.feed.batch(numbers)
+    if batch.features is None:
+        features = _features(work.target, batch).astype(jnp.float16)
+        work.feed.keep(numbers, features)
+        batch = batch.replace(features=features)
+    return batch
+
+
+def _train(
+    work: Run, state: TrainState, seconds: float, stop_at: int | None
+) -> tuple[TrainState, float]:
+    """The loop; returns the last state and the seconds of the whole run."""
+    config = work.config
+    train_step = make_train_step(config, work.optimizer)
+    end = work.num_steps if stop_at is None else min(stop_at, work.num_steps)
+    begin, saved, log = time.monotonic() - seconds, time.monotonic(), _Log(work)
+    with log.progress:
+        for step in range(int(state.step), end):
+            numbers = work.feed.row_numbers(step)
+            batch = work.feed.batch(numbers)
+            state, metrics, features = train_step(state, work.target, batch)
+            if batch.features is None:
+                work.feed.keep(numbers, features)
+            seconds = time.monotonic() - begin
+            if (step + 1) % config.log_every == 0 or step + 1 == end:
+                log.step(step + 1, seconds, {k: float(v) for k, v in vars(metrics).items()})
+            if (step + 1) % config.validate_every == 0:
+                log.validation(step + 1, _validate(work, state))
+            if time.monotonic() - saved > 60 * config.checkpoint_minutes:
+                work.checkpoints.save(state, seconds)
+                saved = time.monotonic()
+            if config.max_minutes is not None and seconds > 60 * config.max_minutes:
+                log.progress.console.print(f"stopped after {config.max_minutes:g} minutes")
+                break
+    return state, time.monotonic() - begin
+
+
+def _validate(work: Run, state: TrainState) -> dict[str, dict[str, float]]:
+    names = [f"{i}-{source.kind}" for i, source in enumerate(work.config.sources)]
+    # Evenly spread over the rows, which come source by source.
+    count = min(work.config.validation_rows, len(work.validation.rows))
+    rows = np.linspace(0, len(work.validation.rows), count, endpoint=False).astype(np.int64)
+    return evaluate(state.draft(), work.target, work.validation, rows, names)
+
+
+class _Log:
+    """Progress bar, metrics.jsonl, and TensorBoard if asked for."""
+
+    def __init__(self, work: Run):
+        columns = ("{task.fields[tokens]:,} tokens", "loss {task.fields[loss]:.3f}",
+                   "top-1 {task.fields[top1]:.3f}", "{task.fields[speed]:.0f} tok/s")  # fmt: skip
+        self.progress = Progress(
+            TextColumn("step {task.completed}/{task.total}"), BarColumn(),
+            *map(TextColumn, columns), TimeRemainingColumn(),
+        )  # fmt: skip
+        self._task = self.progress.add_task(
+            "train", total=work.num_steps, tokens=0, loss=0.0, top1=0.0, speed=0.0
+        )
+        self._step_tokens = work.config.batch * work.config.length
+        self._last: tuple[int, float] | None = None
+        self._file = work.folder / "metrics.jsonl"
+        self._board = None
+        if work.config.tensorboard:
+            from tensorboardX import SummaryWriter
+
+            self._board = SummaryWriter(str(work.folder / "tensorboard"))
+
+    def step(self, step: int, seconds: float, figures: dict[str, float]) -> None:
+        last_step, last_seconds = self._last or (step, seconds)
+        speed = (step - last_step) * self._step_tokens / max(seconds - last_seconds, 1e-9)
+        self._last = step, seconds
+        tokens = step * self._step_tokens
+        self.progress.update(
+            self._task, completed=step, tokens=tokens, loss=figures["loss"],
+            top1=figures["top1"], speed=speed,
+        )  # fmt: skip
+        self._write(step, {"seconds": seconds, "tokens": tokens, "speed": speed, **figures})
+
+    def validation(self, step: int, figures: dict[str, dict[str, float]]) -> None:
+        for name, values in figures.items():
+            text = ", ".join(f"{key} {value:.4g}" for key, value in values.items())
+            self.progress.console.print(f"step {step}: validation {name}: {text}", highlight=False)
+        flat = {
+            f"validation/{n}/{k}": v for n, values in figures.items() for k, v in values.items()
+        }
+        self._write(step, flat)
+
+    def _write(self, step: int, figures: dict[str, float]) -> None:
+        with self._file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **figures}) + "\n")
+        if self._board is not None:
+            for name, value in figures.items():
+                self._board.add_scalar(name, value, step)
+
+
+def main(
+    config: Annotated[Path, typer.Option(help="YAML file.")],
+    resume: Annotated[bool, typer.Option(help="Go on from the newest checkpoint.")] = False,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="key=value over the file, repeatable.")
+    ] = None,
+) -> None:
+    """Trains a draft."""
+    try:
+        run(load_config(config, overrides or ()), resume=resume)
+    except (ConfigError, CheckpointError, DownloadError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
