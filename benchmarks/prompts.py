@@ -38,7 +38,7 @@ SUITES = {"mt-bench": mt_bench, "humaneval": human_eval}
 
 def as_chat(target: Target, texts: list[str]) -> list[list[int]]:
     """Each text as the user's turn of a dialogue, ready for the assistant's answer."""
-    tokenizer = target.tokenizer
+    tokenizer = target.require_tokenizer()
     return [
         tokenizer.apply_chat_template([{"role": "user", "content": t}], add_generation_prompt=True)
         for t in texts

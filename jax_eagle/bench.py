@@ -20,8 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from .draft import Draft
-from .generate import decode, start
+from .generate import decode
 from .llama import Target
+from .prefill import start
 from .sampling import SamplingParams
 
 PLAIN = "plain"

@@ -31,37 +31,42 @@ MODEL = "smollm2-135m-instruct"
 DRAFTS = {MODEL: "smollm2-135m-instruct-eagle"}
 """What --draft auto means, by model."""
 
-EPILOG = """
-[bold]Trees.[/] The draft proposes a tree of tokens; the target checks all nodes in one forward. A
-bigger tree gains more tokens a round and costs more to check. All trees give the same text.
-
+HELP = (
+    "EAGLE speculative decoding for Llama models in JAX.\n\n"
+    "A small draft proposes tokens; the target checks them all at once and keeps those it would "
+    "have written itself. The text (or, when sampling, its distribution) stays the target's own."
+)
+EPILOG = r"""
 \b
-  auto                 chosen by batch size (the default)
-  chain:3              three tokens in a row
-  static:8             a fixed tree, root included; also 4, 16, eagle-26, medusa-64
-  paths:[[0],[0,0],[1]]
-                       your own: child ranks from the root, 0 is the draft's favourite
+[bold]Trees.[/] The draft proposes a tree of tokens, the target checks all nodes in one
+forward. A bigger tree gains more tokens a round and costs more to check.
+All trees give the same text.
+  auto                     chosen by batch size (the default)
+  chain:3                  three tokens in a row
+  static:8                 a fixed tree; also 4, 16, eagle-26, medusa-64
+                           (number of nodes, the root included)
+  paths:\[[0],[0,0],[1]]    your own: child ranks from the root, 0 is the
+                           draft's favourite
   dynamic:depth=4,width=4,nodes=16
-                       grown by the draft's confidence, the best nodes kept (EAGLE-2)
-
-[bold]Examples[/]
+                           grown by the draft's confidence (EAGLE-2)
 
 \b
+[bold]Examples[/]
   jax-eagle demo
   jax-eagle generate --prompt "Why is the sky blue?" --tree static:4
-  jax-eagle generate --prompt "Once upon a time" --raw --temperature 0.8 --seed 1
+  jax-eagle generate --prompt "Once upon a time" --raw --temperature 0.8
   jax-eagle generate --model ./llama --draft ./eagle --prompt "Hello"
-  jax-eagle generate --model meta-llama/Llama-3.2-1B-Instruct --draft none -p "Hello"
+  jax-eagle generate --model ./llama --draft none --prompt-ids 1,2,3
   jax-eagle inspect smollm2-135m-instruct-eagle --target smollm2-135m-instruct
   jax-eagle bench --tree chain:3 --tree static:8 --json > bench.json
-"""
+""".replace("\\b", "\b")
 
 app = typer.Typer(
-    no_args_is_help=True,
+    help=HELP,
+    epilog=EPILOG,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
-    epilog=EPILOG.replace("[[", r"\[["),
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -87,21 +92,18 @@ ChatOption = Annotated[
 ]
 
 
-@app.callback()
+@app.callback(invoke_without_command=True, help=HELP, epilog=EPILOG)
 def settings(
     context: typer.Context,
     debug: Annotated[
-        bool, typer.Option(envvar="JAX_EAGLE_DEBUG", help="Show stack traces of errors.")
+        bool, typer.Option("--debug", envvar="JAX_EAGLE_DEBUG", help="Show stack traces of errors.")
     ] = False,
 ) -> None:
-    """EAGLE speculative decoding for Llama models in JAX.
-
-    \b
-    A small draft proposes tokens, the target checks them all at once and keeps
-    those it would have written itself: the text (or, when sampling, its
-    distribution) stays the target's own.
-    """
+    """What comes before every command."""
     context.obj["debug"] = debug
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+        raise typer.Exit(2)
     enable_compilation_cache()
 
 

@@ -15,9 +15,9 @@ from .checkpoint import eagle, hf, orbax
 from .checkpoint.files import read_json
 from .config import ConfigError, DraftConfig, LlamaConfig
 from .draft import Draft
-from .generate import PAGE_SIZE
 from .llama import Target
 from .load import check_fit, dtype_name, load_target
+from .prefill import PAGE_SIZE
 
 
 def inspect(name: str, *, target: Target | None = None) -> Iterator[str]:

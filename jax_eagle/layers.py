@@ -45,9 +45,7 @@ class Linear(nn.Module):
         contract = tuple(range(x.ndim - len(self.in_shape), x.ndim))
         y = jax.lax.dot_general(x, kernel, ((contract, fan_in_axes), ((), ())))
         if self.use_bias:
-            bias_init = partitioned(
-                nn.initializers.zeros_init(), self.axes[len(self.in_shape) :]
-            )
+            bias_init = partitioned(nn.initializers.zeros_init(), self.axes[len(self.in_shape) :])
             bias = self.param("bias", bias_init, self.out_shape, x.dtype)
             y = y + jnp.reshape(bias, (1,) * (y.ndim - bias.ndim) + bias.shape)
         return y

@@ -135,6 +135,12 @@ class Target(struct.PyTreeNode):
         """Logits in float32."""
         return self._apply(x, method="head").astype(jnp.float32)
 
+    def require_tokenizer(self) -> Tokenizer:
+        """The tokenizer; ValueError where the checkpoint had none."""
+        if self.tokenizer is None:
+            raise ValueError("this target has no tokenizer: give prompts as token ids")
+        return self.tokenizer
+
     def logits(self, tokens_BT: Sequence[Sequence[int]] | jax.Array) -> Float[Array, "B T V"]:
         """Plain full forward in float32 [B, T, V], without a cache: for parity checks."""
         return _full_logits(self.replace(tokenizer=None), jnp.asarray(tokens_BT, jnp.int32))

@@ -51,9 +51,10 @@ class Streamed:
 
     tokens: int = 0
     rounds: int = 0
-    accepted: int = 0
+    accepted: int | None = 0
+    """New tokens that the draft proposed; None: not counted."""
     seconds: float = 0.0
-    """Of the rounds; prefill not included."""
+    """Of the rounds, prefill not included; 0: not measured."""
     finish_reason: str = ""
 
     @property
@@ -62,10 +63,11 @@ class Streamed:
         return (self.tokens - 1) / self.rounds if self.rounds else 1.0
 
     def __str__(self) -> str:
-        speed = f", {(self.tokens - 1) / self.seconds:.1f} tokens/s" if self.rounds else ""
+        accepted = "" if self.accepted is None else f" ({self.accepted} from the draft)"
+        speed = f", {(self.tokens - 1) / self.seconds:.1f} tokens/s" if self.seconds else ""
         return (
-            f"{self.tokens} tokens, {self.accepted} of them from the draft, {self.rounds} rounds, "
-            f"acceptance length {self.acceptance_length:.2f}{speed}, ended by {self.finish_reason}"
+            f"{self.tokens} tokens{accepted}, {self.rounds} rounds, acceptance length "
+            f"{self.acceptance_length:.2f}{speed}, ended by {self.finish_reason}"
         )
 
 
@@ -77,20 +79,20 @@ def stream(
     marks: bool = False,
 ) -> Streamed:
     """Prints the first sequence of `events` as it comes."""
-    pieces, done, begin, inside = TextPieces(tokenizer), Streamed(), 0.0, False
+    pieces, done, accepted, begin, inside = TextPieces(tokenizer), Streamed(), 0, 0.0, False
     for number, event in enumerate(events):
         begin = begin or time.perf_counter()
         for i, token in enumerate(event.new_tokens[0]):
-            accepted, piece = i < event.num_accepted[0], pieces.push(token)
-            if marks and accepted != inside and piece:
-                console.out(OPEN if accepted else CLOSE, end="", highlight=False)
-                inside = accepted
-            console.out(piece, style=ACCEPTED if accepted else BONUS, end="", highlight=False)
+            from_draft, piece = i < event.num_accepted[0], pieces.push(token)
+            if marks and from_draft != inside and piece:
+                console.out(OPEN if from_draft else CLOSE, end="", highlight=False)
+                inside = from_draft
+            console.out(piece, style=ACCEPTED if from_draft else BONUS, end="", highlight=False)
         console.file.flush()
+        accepted += event.num_accepted[0]
         done.tokens += len(event.new_tokens[0])
-        done.accepted += event.num_accepted[0]
         done.rounds, done.finish_reason = number, event.finish_reasons[0]
-    done.seconds = time.perf_counter() - begin
+    done.accepted, done.seconds = accepted, time.perf_counter() - begin
     console.out(CLOSE if marks and inside else "", highlight=False)
     return done
 
@@ -103,7 +105,7 @@ def show(console: Console, tokenizer: Tokenizer | None, result: GenerateResult) 
     return Streamed(
         tokens=len(ids),
         rounds=result.rounds[0],
-        accepted=max(len(ids) - 1 - result.rounds[0], 0),
+        accepted=None,
         finish_reason=result.finish_reasons[0],
     )
 

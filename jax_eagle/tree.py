@@ -118,6 +118,11 @@ class StaticTree:
             for d, frontier in enumerate(self._frontiers)
         )
 
+    @property
+    def max_children(self) -> int:
+        """The most children that any node has."""
+        return max((level.width for level in self.levels), default=0)
+
     def _at(self, depth: int) -> list[tuple[int, ...]]:
         return [p for p in self.paths if len(p) == depth]
 
@@ -175,6 +180,11 @@ class DynamicTree:
         first = Level((0,) * W, tuple(range(W)))
         rows = tuple(row for row in range(W) for _ in range(W))
         return (first,) + (Level(rows, tuple(range(W)) * W),) * (self.max_depth - 1)
+
+    @property
+    def max_children(self) -> int:
+        """The most children that any node can have."""
+        return self.width
 
     def next_frontier(self, level: int, scores_BX: Float[Array, "B X"]) -> Int[Array, "B W"]:
         """The `width` best children of `level` by cumulative log-probability."""

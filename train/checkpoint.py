@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -20,7 +19,7 @@ from jax_eagle.checkpoint.files import read_json
 from jax_eagle.config import ConfigError, DraftConfig
 
 from .data import Data, Rows
-from .step import TrainState, make_draft
+from .step import TrainState
 
 
 class Checkpoints:
@@ -55,7 +54,7 @@ class Checkpoints:
             self._manager.latest_step(),
             args=ocp.args.StandardRestore({"state": abstract, "seconds": np.zeros(())}),
         )
-        return like.replace(**found["state"]), float(found["seconds"])
+        return dataclasses.replace(like, **found["state"]), float(found["seconds"])
 
     def close(self) -> None:
         """Ends the manager's threads."""
@@ -118,4 +117,5 @@ def load_data(path: Path) -> Data:
 def _arrays(state: TrainState) -> dict[str, Any]:
     """The state's arrays by field; fields without any are left out."""
     fields = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
+    del fields["config"]
     return {name: value for name, value in fields.items() if jax.tree.leaves(value)}

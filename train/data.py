@@ -71,10 +71,9 @@ class Rows:
         content = self.tokens[row].tobytes() + self.segment[row].tobytes()
         return hashlib.blake2b(content, digest_size=16).digest()
 
-    def take(self, rows: Sequence[int]) -> "Rows":
+    def take(self, numbers: np.ndarray) -> "Rows":
         """Some of the rows."""
-        index = np.asarray(rows, np.int64)
-        return Rows(*(getattr(self, f.name)[index] for f in dataclasses.fields(self)))
+        return Rows(*(getattr(self, f.name)[numbers] for f in dataclasses.fields(self)))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -77,15 +77,15 @@ def questions(target: Target, count: int, rng: random.Random, self_share: float)
     if not num_self:
         return built
     openings = rng.choices(OPENINGS, k=num_self)
-    empty = target.tokenizer.apply_chat_template([{"role": "user", "content": ""}])
+    empty = target.require_tokenizer().apply_chat_template([{"role": "user", "content": ""}])
     end = len(empty) - 1 - empty[::-1].index(target.config.stop_token_ids[0])
-    prompts = [empty[:end] + target.tokenizer.encode(text) for text in openings]
+    prompts = [empty[:end] + target.require_tokenizer().encode(text) for text in openings]
     sampling = [
         SamplingParams(temperature=1.0, min_p=0.06, seed=rng.getrandbits(32)) for _ in prompts
     ]
     result = generate(target, None, prompts, max_new_tokens=48, sampling=sampling)
     written = [
-        opening + target.tokenizer.decode(tokens, skip_special_tokens=True)
+        opening + target.require_tokenizer().decode(tokens, skip_special_tokens=True)
         for opening, tokens in zip(openings, result.tokens, strict=True)
     ]
     return written + built
@@ -94,7 +94,7 @@ def questions(target: Target, count: int, rng: random.Random, self_share: float)
 def answer(target: Target, users: list[str], rng: random.Random, greedy: bool, limit: int):
     """(prompts, answers) as token ids."""
     prompts = [
-        target.tokenizer.apply_chat_template(
+        target.require_tokenizer().apply_chat_template(
             [{"role": "user", "content": text}], add_generation_prompt=True
         )
         for text in users

@@ -4,7 +4,7 @@ Unlike the training metrics, `top1` compares with the favourite of the target's 
 it is the acceptance of the first drafted token at temperature 0 under true features.
 """
 
-from collections.abc import Sequence
+import dataclasses
 from functools import partial
 
 import jax
@@ -22,7 +22,7 @@ FIGURES = ("top1", "kl", "covered")
 
 
 def evaluate(
-    draft: Draft, target: Target, feed: Feed, rows: Sequence[int], names: Sequence[str]
+    draft: Draft, target: Target, feed: Feed, rows: np.ndarray, names: list[str]
 ) -> dict[str, dict[str, float]]:
     """Validation figures of each source and of all together.
 
@@ -42,7 +42,7 @@ def evaluate(
         if batch.features is None:
             features = _features(target, batch).astype(jnp.float16)
             feed.keep(numbers, features)
-            batch = batch.replace(features=features)
+            batch = dataclasses.replace(batch, features=features)
         source_BT = jnp.asarray(feed.rows.take(numbers).source)
         sums += np.asarray(_sums(draft, target, batch, source_BT, num_sources=len(names)))
     totals = {"all": sums.sum(axis=0)} | dict(zip(names, sums, strict=True))

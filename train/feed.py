@@ -1,7 +1,5 @@
 """Rows and kept features -> batches, in an order that the step number alone decides."""
 
-from collections.abc import Sequence
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,7 +32,7 @@ class Feed:
             self._order = epoch, generator.permutation(len(self.rows))
         return self._order[1][place * self.batch_size :][: self.batch_size]
 
-    def batch(self, numbers: Sequence[int] | np.ndarray) -> Batch:
+    def batch(self, numbers: np.ndarray) -> Batch:
         """The batch of these rows; `features` is None unless all of them are kept."""
         rows = self.rows.take(numbers)
         features = None
@@ -42,10 +40,15 @@ class Feed:
             keys = [rows.key(i) for i in range(len(rows))]
             if all(key in self.store for key in keys):
                 features = jnp.asarray(np.stack([self.store.read(key) for key in keys]))
-        columns = rows.tokens, rows.segment, rows.position, rows.weight
-        return Batch(*map(jnp.asarray, columns), features)
+        return Batch(
+            tokens=jnp.asarray(rows.tokens),
+            segment=jnp.asarray(rows.segment),
+            position=jnp.asarray(rows.position),
+            weight=jnp.asarray(rows.weight),
+            features=features,
+        )
 
-    def keep(self, numbers: Sequence[int] | np.ndarray, features: jax.Array) -> None:
+    def keep(self, numbers: np.ndarray, features: jax.Array) -> None:
         """Keeps the features that a step computed for these rows."""
         if self.store is None:
             return

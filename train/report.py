@@ -20,11 +20,12 @@ def write_card(
 ) -> dict[str, Any]:
     """Writes the card into the output folder and returns its figures."""
     steps = int(state.step)
+    source = feed.rows.source[feed.rows.segment > 0]
     card = {
         "target": config.target,
         "sources": [
-            {"kind": source.kind, "tokens": int(((feed.rows.source == i) & (feed.rows.segment > 0)).sum())}
-            for i, source in enumerate(config.sources)
+            {"kind": each.kind, "tokens": int((source == i).sum())}
+            for i, each in enumerate(config.sources)
         ],
         "distinct_tokens": feed.rows.num_tokens,
         "steps": steps,
@@ -36,7 +37,7 @@ def write_card(
             for field in dataclasses.fields(config)
             if field.name not in ("target", "sources", "output", "run", "features", "start")
         },
-    }  # fmt: skip
+    }
     folder = Path(config.output)
     write_json(folder / "card.json", card)
     (folder / "README.md").write_text(_text(card), encoding="utf-8")

@@ -9,6 +9,7 @@ weight): raw features are large and uneven, and Adam's equal steps would wreck a
 scales are constants, folded into the kernel whenever a draft is made.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -107,14 +108,16 @@ def make_optimizer(config: TrainConfig, num_steps: int) -> optax.GradientTransfo
         optax.add_decayed_weights(
             config.weight_decay, mask=lambda params: jax.tree.map(lambda x: x.ndim > 1, params)
         ),
-        optax.masked(
-            optax.scale(config.fc_lr_scale),
-            lambda params: {
-                k: jax.tree.map(lambda _, k=k: k == "fc", v) for k, v in params.items()
-            },
-        ),
+        optax.masked(optax.scale(config.fc_lr_scale), _is_fc),
         optax.scale_by_learning_rate(schedule),
     )
+
+
+def _is_fc(params: Any) -> Any:
+    return {
+        name: jax.tree.map(lambda _, name=name: name == "fc", value)
+        for name, value in params.items()
+    }
 
 
 def make_train_step(
@@ -154,8 +157,8 @@ def make_train_step(
             step = state.step.astype(jnp.float32)
             decay = jnp.minimum(config.ema, (1.0 + step) / (10.0 + step))
             average = jax.tree.map(lambda a, p: decay * a + (1.0 - decay) * p, average, params)
-        state = state.replace(
-            step=state.step + 1, params=params, average=average, opt_state=opt_state
+        state = dataclasses.replace(
+            state, step=state.step + 1, params=params, average=average, opt_state=opt_state
         )
         return state, metrics, features_BTF
 

@@ -8,7 +8,6 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,7 +24,6 @@ from jax_eagle.checkpoint import CheckpointError
 from jax_eagle.checkpoint.files import read_json, write_json
 from jax_eagle.config import ConfigError, DraftConfig
 from jax_eagle.hub import DownloadError
-from jax_eagle.load import dtype_name
 
 from . import checkpoint, data, init
 from .config import TrainConfig, load_config
@@ -194,7 +192,7 @@ def _with_features(work: Run, step: int) -> Batch:
     if batch.features is None:
         features = _features(work.target, batch).astype(jnp.float16)
         work.feed.keep(numbers, features)
-        batch = batch.replace(features=features)
+        batch = dataclasses.replace(batch, features=features)
     return batch
 
 

@@ -1,0 +1,221 @@
+"""From prompts to the state of the first round: checks, pages, chunked prefill, first token.
+
+Everything that `generate` does on the host before its loop. Batch size, pages a row and lengths are
+rounded up to few sizes, so that programs are reused.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from pallas_kernels.compat import order_after
+
+from .cache import PagedCache, commit, init_cache
+from .draft import Draft, Sync
+from .llama import Target
+from .sampling import Sampling, SamplingParams, draw
+from .state import DecodeState, Plan, emit
+from .tree import StaticTree, chain_tree, parse_tree
+
+PAGE_SIZE = 64
+_PREFILL_CHUNK = 256
+_STOP_IDS = 8
+
+
+class Prefill(NamedTuple):
+    """What prefill carries from chunk to chunk."""
+
+    cache: PagedCache
+    draft_cache: PagedCache | None
+    last_x: Array
+    """[B, D], the head's input at the last prompt token seen so far."""
+    last_feature: Array
+    """[B, F], the feature of that token."""
+
+
+@functools.partial(jax.jit, donate_argnames=("carry",))
+def prefill_chunk(target: Target, draft: Draft | None, carry: Prefill, tokens_BT, count_B):
+    """Adds count_B tokens of a chunk [B, T] to the caches (the rest of the row is padding)."""
+    B, T = tokens_BT.shape
+    out = target(tokens_BT, chain_tree(B, T), carry.cache)
+    row_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
+    cache = commit(carry.cache, out.new_kv, row_BT, order_after(out.x, count_B))
+    draft_cache = carry.draft_cache
+    if draft is not None:
+        before_BTF = jnp.concatenate([carry.last_feature[:, None], out.features[:, :-1]], axis=1)
+        draft_cache, _ = draft.extend(target, draft_cache, Sync(tokens_BT, before_BTF, count_B))
+
+    def last(x_BTD, before_BD):
+        index_B11 = jnp.maximum(count_B - 1, 0)[:, None, None]
+        return jnp.where(
+            (count_B > 0)[:, None], jnp.take_along_axis(x_BTD, index_B11, axis=1)[:, 0], before_BD
+        )
+
+    return Prefill(
+        cache, draft_cache, last(out.x, carry.last_x), last(out.features, carry.last_feature)
+    )
+
+
+def first_token(
+    target: Target, plan: Plan, carry: Prefill, sampling: Sampling, stop_ids_BE, max_tokens_B, width
+) -> DecodeState:
+    """Samples the first token at the end of prefill and builds the state of the rounds."""
+    caches, last = carry[:2], carry[2:]
+    return _first_token(
+        target, plan, caches, last, sampling, stop_ids_BE, max_tokens_B, width=width
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("plan", "width"), donate_argnames=("caches",))
+def _first_token(target, plan: Plan, caches, last, sampling, stop_ids_BE, max_tokens_B, *, width):
+    carry = Prefill(*caches, *last)
+    B = max_tokens_B.shape[0]
+    token_B1 = draw(target.head(carry.last_x)[:, None], sampling, carry.cache.length[:, None])
+    zeros_B = jnp.zeros(B, jnp.int32)
+    sync = None
+    if carry.draft_cache is not None:
+        A = plan.sync_length
+        sync = Sync(
+            tokens=jnp.broadcast_to(jnp.maximum(token_B1, 0), (B, A)),
+            features=jnp.broadcast_to(
+                carry.last_feature[:, None], (B, A, carry.last_feature.shape[1])
+            ),
+            count=jnp.ones(B, jnp.int32),
+        )
+    state = DecodeState(
+        cache=carry.cache,
+        draft_cache=carry.draft_cache,
+        root=jnp.maximum(token_B1[:, 0], 0),
+        sync=sync,
+        sampling=sampling,
+        stop_ids=stop_ids_BE,
+        max_tokens=max_tokens_B,
+        tokens=jnp.zeros((B, width), jnp.int32),
+        num_tokens=zeros_B,
+        finish=zeros_B,
+        rounds=zeros_B,
+        num_accepted=zeros_B,
+        path_ranks=jnp.zeros((B, plan.path_length), jnp.int32),
+    )
+    error_B = token_B1[:, 0] < 0
+    return emit(state, token_B1, jnp.where(error_B, 0, 1), error_B)
+
+
+def start(
+    target: Target,
+    draft: Draft | None,
+    prompts,
+    max_new_tokens: int,
+    sampling,
+    tree: str,
+    stop_token_ids,
+    drafting: str,
+    draft_sync: str,
+) -> tuple[Plan, DecodeState]:
+    """Checks the request, reserves pages, prefills the prompts and draws their first tokens."""
+    ids = _check_prompts(target, prompts)
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
+    params = [sampling] * len(ids) if isinstance(sampling, SamplingParams) else list(sampling)
+    if len(params) != len(ids):
+        raise ValueError(f"{len(params)} sampling parameters for {len(ids)} prompts")
+    plan = _make_plan(draft, len(ids), tree, drafting, draft_sync)
+
+    B = _bucket(len(ids), halves=False)
+    pad = B - len(ids)
+    prompt_length = np.array([len(row) for row in ids] + [0] * pad, np.int32)
+    limit = np.minimum(max_new_tokens, target.config.max_position - prompt_length)
+    limit[len(ids) :] = 0
+    reserved = int((prompt_length + limit).max()) + plan.path_length
+    pages_per_row = _bucket(-(-reserved // PAGE_SIZE))
+    carry = _empty_prefill(target, draft, B, len(ids), pages_per_row)
+    model = target.replace(tokenizer=None)
+    chunk = min(_PREFILL_CHUNK, max(16, _bucket(int(prompt_length.max()), halves=False)))
+    for begin in range(0, int(prompt_length.max()), chunk):
+        block = np.zeros((B, chunk), np.int32)
+        for b, row in enumerate(ids):
+            piece = row[begin : begin + chunk]
+            block[b, : len(piece)] = piece
+        count = np.clip(prompt_length - begin, 0, chunk)
+        carry = prefill_chunk(model, draft, carry, block, count)
+    return plan, first_token(
+        model,
+        plan,
+        carry,
+        Sampling.stack(params + [SamplingParams()] * pad),
+        _stop_ids(target, stop_token_ids, B),
+        limit,
+        width=_bucket(max_new_tokens),
+    )
+
+
+def _check_prompts(target: Target, prompts) -> list[list[int]]:
+    if not len(prompts):
+        raise ValueError("no prompts given")
+    context, vocab = target.config.max_position, target.config.vocab_size
+    rows = []
+    for i, prompt in enumerate(prompts):
+        if isinstance(prompt, str):
+            prompt = target.require_tokenizer().encode(prompt)
+        row = [int(token) for token in prompt]
+        if not row:
+            raise ValueError(f"prompt {i} is empty")
+        if len(row) >= context:
+            raise ValueError(f"prompt {i} has {len(row)} tokens, the context holds {context}")
+        if min(row) < 0 or max(row) >= vocab:
+            raise ValueError(f"prompt {i} holds token ids outside 0..{vocab - 1}")
+        rows.append(row)
+    return rows
+
+
+def _make_plan(draft: Draft | None, batch: int, tree: str, drafting: str, draft_sync: str) -> Plan:
+    platform = jax.default_backend()
+    if drafting not in ("greedy", "sampled"):
+        raise ValueError(f"drafting is {drafting!r}, expected 'greedy' or 'sampled'")
+    if draft_sync not in ("all", "last"):
+        raise ValueError(f"draft_sync is {draft_sync!r}, expected 'all' or 'last'")
+    shape = parse_tree(tree, batch=batch, platform=platform)
+    if draft is None:
+        return Plan(StaticTree(()))
+    if drafting == "sampled" and not shape.keeps_all:
+        raise ValueError(
+            "sampled drafting is lossless only if no drawn node is dropped: give the dynamic tree "
+            f"nodes={shape.pool_size} for its depth and width, or use greedy drafting"
+        )
+    limit = draft.config.draft_vocab_size or draft.config.layer.vocab_size
+    if shape.max_children > limit:
+        raise ValueError(f"tree {tree!r} is wider than the draft vocabulary of {limit} tokens")
+    return Plan(shape, drafting == "sampled", draft_sync == "all")
+
+
+def _empty_prefill(target: Target, draft: Draft | None, B: int, rows: int, pages_per_row: int):
+    """Caches in which every real row has its own pages; page 0 is trash."""
+    table = np.zeros((B, pages_per_row), np.int32)
+    table[:rows] = 1 + np.arange(rows * pages_per_row).reshape(rows, pages_per_row)
+    size = {"num_pages": 1 + B * pages_per_row, "page_size": PAGE_SIZE}
+    dtype, width = target.config.dtype, target.config.hidden_size
+    return Prefill(
+        cache=init_cache(target.config, jnp.array(table), **size),
+        draft_cache=init_cache(draft.config.layer, jnp.array(table), **size) if draft else None,
+        last_x=jnp.zeros((B, width), dtype),
+        last_feature=jnp.zeros((B, draft.config.feature_width if draft else width), dtype),
+    )
+
+
+def _stop_ids(target: Target, stop_token_ids: Sequence[int] | None, B: int) -> np.ndarray:
+    ids = list(target.config.stop_token_ids if stop_token_ids is None else stop_token_ids)
+    width = max(_STOP_IDS, _bucket(max(len(ids), 1)))
+    return np.tile(np.array(ids + [-1] * (width - len(ids)), np.int32), (B, 1))
+
+
+def _bucket(n: int, *, halves: bool = True) -> int:
+    """The next power of two, or with `halves` one and a half times one, so few shapes compile."""
+    size = 1
+    while size < n:
+        size *= 2
+    return size * 3 // 4 if halves and size >= 4 and n <= size * 3 // 4 else size
