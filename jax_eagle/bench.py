@@ -102,7 +102,7 @@ class Floor:
 
     weight_bytes: int
     bytes_per_second: float
-    round_seconds: float
+    step_seconds: float
     """Median round of plain decoding: one token for each sequence."""
 
     @property
@@ -113,7 +113,7 @@ class Floor:
     @property
     def share(self) -> float:
         """Floor over measured round: 1.0 is the limit."""
-        return self.floor_seconds / self.round_seconds
+        return self.floor_seconds / self.step_seconds
 
 
 def timed_run(

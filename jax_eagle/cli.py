@@ -112,7 +112,7 @@ def demo(
     model: ModelOption = MODEL,
     draft: DraftOption = "auto",
     tree: TreesOption = ["auto"],  # noqa: B006 (typer reads it)
-    max_new_tokens: TokensOption = 48,
+    max_new_tokens: TokensOption = 40,
     repetitions: Annotated[int, typer.Option(min=1, help="Of each measurement.")] = 2,
 ) -> None:
     """Answer a few prompts by tree speculation, then compare its speed with plain decoding.
@@ -172,7 +172,7 @@ def generate(
         done = terminal.show(out, target.tokenizer, result)
     err.print(f"[dim]{done}[/]", highlight=False, soft_wrap=True)
     if done.finish_reason == "error":
-        raise ArithmeticError("the target's logits are NaN, or leave no token to draw")
+        raise ValueError("the target's logits are NaN, or leave no token to draw")
 
 
 @app.command()

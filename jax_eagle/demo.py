@@ -1,5 +1,6 @@
 """`jax-eagle demo`: answers of a real model by tree speculation, and what speculation gains."""
 
+import jax
 from rich.console import Console
 
 from . import bench, hub, terminal
@@ -8,6 +9,7 @@ from .draft import Draft
 from .generate import generate_stream
 from .llama import Target
 from .load import load_draft, load_target
+from .tree import parse_tree
 
 NUM_PROMPTS = 4
 NO_TOKENIZER = "this model has no tokenizer: give the prompt as token ids (--prompt-ids 1,2,3)"
@@ -45,7 +47,7 @@ def demo(
         trees[0],
         max_new_tokens,
     )
-    with terminal.timed_step(out, "Measuring with and without speculation, in turn"):
+    with terminal.timed_step(out, "Measuring with and without speculation, in turn", spinner=False):
         runs = list(
             bench.measure(
                 target, speculator, batches, trees,
@@ -66,12 +68,14 @@ def answer(
 ) -> None:
     """Streams the answer to each prompt, by its text."""
     marks = not out.is_terminal or out.no_color
+    shape = parse_tree(tree, platform=jax.default_backend())
+    out.print(f"\nTree {tree}: {shape.num_nodes} nodes, the root included, depth {shape.max_depth}")
     terminal.legend(out, marks=marks)
     for question, prompt in prompts.items():
-        out.print(f"\n[bold]> {question}[/]", highlight=False)
+        out.print(f"\n[bold]> {question}[/]", highlight=False, soft_wrap=True)
         events = generate_stream(target, draft, [prompt], max_new_tokens=max_new_tokens, tree=tree)
         done = terminal.stream(out, target.tokenizer, events, marks=marks)
-        out.print(f"[dim]{done}[/]", highlight=False)
+        out.print(f"[dim]{done}[/]", highlight=False, soft_wrap=True)
     out.print()
 
 

@@ -54,7 +54,7 @@ def bench(
     with terminal.timed_step(err, "Compiling (kept for the next start)"):
         warm_up(*arguments, max_new_tokens=options.max_new_tokens)
     probe = bandwidth_probe()
-    with terminal.timed_step(err, f"Measuring {len(prompts)} prompts"):
+    with terminal.timed_step(err, f"Measuring {len(prompts)} prompts", spinner=False):
         runs, bandwidths = [], [probe()]
         for run in measure(
             *arguments, max_new_tokens=options.max_new_tokens, repetitions=options.repetitions

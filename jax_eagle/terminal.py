@@ -9,6 +9,7 @@ import dataclasses
 import time
 from collections.abc import Iterable, Iterator, Sequence
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -114,29 +115,35 @@ def legend(console: Console, *, marks: bool) -> None:
     """Says what the colours or marks of `stream` mean."""
     accepted, bonus = "accepted draft tokens", "the target's own (bonus) tokens"
     if marks:
-        console.print(f"Text: {OPEN}{accepted}{CLOSE}, outside of the marks {bonus}")
+        console.print(
+            f"Text: {OPEN}{accepted}{CLOSE}; outside of the marks {bonus}", soft_wrap=True
+        )
     else:
         console.print(f"Text: [{ACCEPTED}]{accepted}[/], [{BONUS}]{bonus}[/]")
 
 
 @contextlib.contextmanager
-def timed_step(console: Console, what: str) -> Iterator[None]:
-    """A line for a piece of work: a spinner while it runs, its time when it is done."""
+def timed_step(console: Console, what: str, *, spinner: bool = True) -> Iterator[None]:
+    """A line for a piece of work: a spinner while it runs, its time when it is done.
+
+    Without `spinner` the terminal is left alone meanwhile, so that nothing disturbs a measurement.
+    """
     begin = time.perf_counter()
-    if not console.is_terminal:
-        console.print(f"{what} ...", highlight=False)
-    with console.status(what):
+    with console.status(what) if spinner and console.is_terminal else contextlib.nullcontext():
+        if not (spinner and console.is_terminal):
+            console.print(f"{what} ...", highlight=False)
         yield
     console.print(f"{what}: {time.perf_counter() - begin:.1f} s", highlight=False)
 
 
 def speed_table(summaries: Sequence[Summary], title: str) -> Table:
     """One row for plain decoding and one a tree."""
-    table = Table(title=title, title_justify="left", title_style="bold")
+    table = Table(
+        title=title, title_justify="left", title_style="bold", box=box.SIMPLE, show_edge=False
+    )
     table.add_column("decoding", no_wrap=True)
-    columns = ("acceptance length", "rounds", "tokens/s", "ratio", "quartiles", "same text")
-    for name in columns:
-        table.add_column(name, justify="right")
+    for name in ("acceptance\nlength", "rounds", "tokens/s", "ratio", "quartiles", "same\ntext"):
+        table.add_column(name, justify="right", no_wrap=True)
     for row in summaries:
         speculative = row.tree != PLAIN
         low, high = row.ratio_quartiles
@@ -156,7 +163,7 @@ def floor_line(floor: Floor) -> str:
     """The plain round against the memory-bandwidth floor, in words."""
     bandwidth = floor.bytes_per_second / 1e9
     return (
-        f"A plain round takes {floor.round_seconds * 1e3:.1f} ms; reading "
+        f"A plain round takes {floor.step_seconds * 1e3:.1f} ms; reading "
         f"{floor.weight_bytes / 1e6:.0f} MB of weights at {bandwidth:.1f} GB/s takes "
         f"{floor.floor_seconds * 1e3:.1f} ms: {floor.share:.0%} of the limit."
     )

@@ -1,5 +1,8 @@
-"""Settings of the whole suite: strict JAX, one CPU device, compiled programs kept between runs."""
+"""Settings of the whole suite (strict JAX, one CPU device, compiled programs kept between runs), and
+the tiny models and reference functions that several test files share."""
 
+import importlib
+import math
 import os
 from pathlib import Path
 
@@ -12,7 +15,18 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+from flax import linen as nn  # noqa: E402
+from flax import struct  # noqa: E402
+
+from jax_eagle.attention import View  # noqa: E402
+from jax_eagle.cache import commit  # noqa: E402
+from jax_eagle.config import DraftConfig, LlamaConfig  # noqa: E402
+from jax_eagle.draft import Draft, init_draft_params  # noqa: E402
+from jax_eagle.llama import Llama, Target, init_params  # noqa: E402
+from pallas_kernels.compat import order_after  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -28,3 +42,131 @@ hypothesis.settings.load_profile("jax-eagle")
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and jax.default_backend() != "gpu":
         pytest.skip("needs a GPU")
+
+
+# ---- tiny models -------------------------------------------------------------------------------
+#
+# A vocabulary of six tokens: random drafts are right often enough for every accept and reject
+# pattern, and three tokens have 216 outcomes, few enough to enumerate.
+
+TOY = LlamaConfig(
+    vocab_size=6, hidden_size=32, intermediate_size=64, num_layers=2, num_heads=4, num_kv_heads=2,
+    head_dim=8, max_position=48,
+)  # fmt: skip
+
+
+def random_params(init, config, seed: int):
+    """Parameters of `init(config, key)`, drawn by numpy: nothing is compiled."""
+    rng = np.random.default_rng(seed)
+
+    def leaf(path, shape_of):
+        shape, name = shape_of.shape, [key.key for key in path]
+        noise = rng.standard_normal(shape)
+        if name[-1] == "scale":  # norm weights: around 1, so that leaving one out shows
+            value = 1 + 0.25 * noise
+        elif name[-1] == "embedding":
+            value = noise
+        else:
+            fan_in = math.prod(shape[:2]) if name[-2] == "o" else shape[0]
+            value = noise * 1.5 / fan_in**0.5
+        return jnp.asarray(value, shape_of.dtype)
+
+    shapes = jax.eval_shape(lambda: nn.unbox(init(config, jax.random.key(0))))
+    return jax.tree_util.tree_map_with_path(leaf, shapes)
+
+
+@pytest.fixture(scope="session")
+def make_target():
+    """make_target(seed) -> a random Target with six tokens, two layers and grouped queries."""
+    return lambda seed=0: Target(random_params(init_params, TOY, seed), TOY)
+
+
+@pytest.fixture(scope="session")
+def make_draft():
+    """make_draft(seed, vocab) -> a random one-layer Draft; `vocab`: the target tokens it knows."""
+
+    def make(seed: int = 1, vocab: tuple[int, ...] | None = None) -> Draft:
+        config = DraftConfig.for_target(TOY, draft_vocab_size=vocab and len(vocab))
+        ids = None if vocab is None else jnp.asarray(vocab, jnp.int32)
+        return Draft(random_params(init_draft_params, config, seed), ids, config)
+
+    return make
+
+
+@struct.dataclass
+class OracleDraft(Draft):
+    """The target as its own draft, through the same expansion, pages and trees.
+
+    Its pairs need no feature, so slot 0 is a pair like any other. `params` is a factor on the
+    output: 1 proposes what the target would choose, -1 what it likes least.
+    """
+
+    def __call__(self, target, tokens_BM, features_BMF, view):
+        model = Llama(target.config)
+        view = view.replace(first=None)
+        x_BMD, _, new_kv = model.apply({"params": target.params}, tokens_BM, view)
+        return self.params * x_BMD, new_kv
+
+    def extend(self, target, cache, sync):
+        row_1A = jnp.arange(sync.tokens.shape[1], dtype=jnp.int32)[None]
+        row_BA = jnp.broadcast_to(row_1A, sync.tokens.shape)
+        view = View(position=cache.length[:, None] + row_BA, cache=cache)
+        x_BAD, new_kv = self(target, sync.tokens, sync.features, view)
+        return commit(cache, new_kv, row_BA, order_after(x_BAD, sync.count)), x_BAD
+
+
+@pytest.fixture(scope="session")
+def make_oracle():
+    """make_oracle(factor) -> the target as its own draft (1), or one that is always wrong (-1)."""
+    config = DraftConfig(layer=TOY, feature_width=TOY.hidden_size)
+    return lambda factor=1.0: OracleDraft(jnp.float32(factor), None, config)
+
+
+@pytest.fixture
+def small_pages(monkeypatch):
+    """Pages of 8 tokens, so that short sequences cross their borders."""
+    monkeypatch.setattr(importlib.import_module("jax_eagle.generate"), "PAGE_SIZE", 8)
+
+
+@pytest.fixture(scope="session")
+def ragged_prompts():
+    """ragged_prompts(count, seed) -> prompts of 1 to 16 tokens; the first has 16."""
+
+    def make(count: int, seed: int = 0) -> list[list[int]]:
+        rng = np.random.default_rng(seed)
+        lengths = [16, *rng.integers(1, 17, count - 1)]
+        return [rng.integers(0, TOY.vocab_size, n).tolist() for n in lengths]
+
+    return make
+
+
+# ---- reference functions -----------------------------------------------------------------------
+
+
+def _processed_law(logits_V, *, temperature, top_k=0, top_p=1.0, min_p=0.0):
+    logits_V = np.asarray(logits_V, np.float64)
+    if temperature == 0:
+        return np.eye(len(logits_V))[np.argmax(logits_V)]
+    scores_V = logits_V / temperature
+
+    def probs():
+        weights_V = np.exp(scores_V - scores_V.max())
+        return weights_V / weights_V.sum()
+
+    if top_k > 0:
+        scores_V[scores_V < np.sort(scores_V)[::-1][min(top_k, len(scores_V)) - 1]] = -np.inf
+    if top_p < 1:
+        descending_V = np.sort(probs())[::-1]
+        last = np.searchsorted(np.cumsum(descending_V), top_p)  # the first that reaches top_p
+        scores_V[probs() < descending_V[min(last, len(scores_V) - 1)]] = -np.inf
+    scores_V[probs() < min_p * probs().max()] = -np.inf
+    return probs()
+
+
+@pytest.fixture(scope="session")
+def processed_law():
+    """processed_law(logits, temperature=, top_k=, top_p=, min_p=): the law, slowly, in float64.
+
+    In the order of Hugging Face's logits warpers; tokens that tie with the last one kept stay.
+    """
+    return _processed_law

@@ -26,10 +26,7 @@ class Checkpoints:
     """The checkpoints folder of a run."""
 
     def __init__(self, run: Path, max_to_keep: int = 2):
-        self._manager = ocp.CheckpointManager(
-            (run / "checkpoints").absolute(),
-            options=ocp.CheckpointManagerOptions(max_to_keep=max_to_keep),
-        )
+        self._manager = _manager(run, max_to_keep)
 
     def latest_step(self) -> int | None:
         """The newest checkpoint; None if there is none."""
@@ -45,15 +42,9 @@ class Checkpoints:
 
     def restore(self, like: TrainState) -> tuple[TrainState, float]:
         """The newest checkpoint in the form of `like`, whose arrays are not read."""
-        tree = {"state": _arrays(like), "seconds": np.zeros(())}
-        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        abstract = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), tree["state"]
-        )
-        found = self._manager.restore(
-            self._manager.latest_step(),
-            args=ocp.args.StandardRestore({"state": abstract, "seconds": np.zeros(())}),
-        )
+        tree = _here({"state": _arrays(like), "seconds": np.zeros(())})
+        step = self._manager.latest_step()
+        found = self._manager.restore(step, args=ocp.args.StandardRestore(tree))
         return dataclasses.replace(like, **found["state"]), float(found["seconds"])
 
     def close(self) -> None:
@@ -70,18 +61,12 @@ def load_draft(run: Path, *, dtype: str = "float32") -> Draft:
     if not (run / "run.json").is_file():
         raise ConfigError(f"{run}: not the folder of a run (run.json is missing)")
     config = DraftConfig.from_dict(read_json(run / "run.json")["draft"], dtype=dtype)
-    folder = run.absolute() / "checkpoints"
-    steps = ocp.utils.checkpoint_steps(folder) if folder.is_dir() else []
-    if not steps:
-        raise ConfigError(f"{run}: no checkpoint yet")
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    with ocp.StandardCheckpointer() as checkpointer:
-        path = folder / str(max(steps)) / "default"
-        stored = checkpointer.metadata(path).item_metadata.tree
-        tree = checkpointer.restore(
-            path,
-            jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), stored),
-        )["state"]
+    with _manager(run) as manager:
+        step = manager.latest_step()
+        if step is None:
+            raise ConfigError(f"{run}: no checkpoint yet")
+        stored = manager.item_metadata(step)
+        tree = manager.restore(step, args=ocp.args.StandardRestore(_here(stored)))["state"]
     state = TrainState(
         step=tree["step"],
         params=tree["params"],
@@ -92,6 +77,20 @@ def load_draft(run: Path, *, dtype: str = "float32") -> Draft:
         config=config,
     )
     return state.draft()
+
+
+def _manager(run: Path, max_to_keep: int | None = None) -> ocp.CheckpointManager:
+    return ocp.CheckpointManager(
+        (run / "checkpoints").absolute(),
+        item_handlers=ocp.StandardCheckpointHandler(),
+        options=ocp.CheckpointManagerOptions(max_to_keep=max_to_keep),
+    )
+
+
+def _here(tree: Any) -> Any:
+    """What to restore arrays as: their shape and dtype, on this process's first device."""
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), tree)
 
 
 def save_data(data: Data, path: Path) -> None:

@@ -17,7 +17,6 @@ import numpy as np
 import optax
 import typer
 import yaml
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from jax_eagle import Target, load_draft, load_target
 from jax_eagle.checkpoint import CheckpointError
@@ -31,6 +30,7 @@ from .evaluate import evaluate
 from .export import export
 from .features import FeatureStore
 from .feed import Feed
+from .log import Log
 from .report import write_card
 from .step import Batch, TrainState, make_optimizer, make_train_step, target_features
 
@@ -42,6 +42,8 @@ class Run:
     config: TrainConfig
     folder: Path
     target: Target
+    counts: np.ndarray
+    """Weighted occurrences of each token, for the draft vocabulary."""
     feed: Feed
     validation: Feed
     optimizer: optax.GradientTransformation
@@ -49,8 +51,13 @@ class Run:
     checkpoints: checkpoint.Checkpoints
 
 
-def run(config: TrainConfig, *, target: Target | None = None, resume: bool = False,
-        stop_at: int | None = None) -> dict[str, Any]:  # fmt: skip
+def run(
+    config: TrainConfig,
+    *,
+    target: Target | None = None,
+    resume: bool = False,
+    stop_at: int | None = None,
+) -> dict[str, Any]:
     """Trains and exports; returns the figures of the card.
 
     Args:
@@ -64,7 +71,10 @@ def run(config: TrainConfig, *, target: Target | None = None, resume: bool = Fal
     target = load_target(config.target, dtype=config.dtype) if target is None else target
     work = _prepare(config, target, resume)
     try:
-        state, seconds = _start(work, resume)
+        if resume and work.checkpoints.latest_step() is not None:
+            state, seconds = work.checkpoints.restore(_shapes(work))
+        else:
+            state, seconds = _first_state(work), 0.0
         state, seconds = _train(work, state, seconds, stop_at)
         work.checkpoints.save(state, seconds)
         if stop_at is not None and int(state.step) < work.num_steps:
@@ -79,26 +89,9 @@ def run(config: TrainConfig, *, target: Target | None = None, resume: bool = Fal
 
 
 def _prepare(config: TrainConfig, target: Target, resume: bool) -> Run:
-    """Reads the data (or, resuming, what the run packed before) and opens the run's folder."""
+    """Opens the run's folder and reads the data."""
     folder = Path(config.run)
-    if resume and not (folder / "data.npz").is_file():
-        raise ConfigError(f"{folder}: nothing to resume")
-    if not resume and (folder / "checkpoints").is_dir() and any((folder / "checkpoints").iterdir()):
-        raise ConfigError(f"{folder}: holds a run already; --resume it, or name another folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    if resume:
-        packed = checkpoint.load_data(folder / "data.npz")
-    else:
-        packed = data.load_data(
-            config.sources,
-            target.tokenizer,
-            vocab_size=target.config.vocab_size,
-            length=config.length,
-            validation_share=config.validation_share,
-        )
-        checkpoint.save_data(packed, folder / "data.npz")
-        settings = json.loads(json.dumps(dataclasses.asdict(config)))
-        (folder / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False), "utf-8")
+    packed = _packed_rows(config, folder, target, resume)
     store = None
     if config.keep_features:
         where = Path(config.features) if config.features else folder / "features"
@@ -110,7 +103,8 @@ def _prepare(config: TrainConfig, target: Target, resume: bool) -> Run:
     return Run(
         config=config,
         folder=folder,
-        target=target.replace(tokenizer=None),
+        target=dataclasses.replace(target, tokenizer=None),
+        counts=packed.counts,
         feed=feed,
         validation=Feed(packed.validation, store, batch=config.batch),
         optimizer=make_optimizer(config, num_steps),
@@ -119,44 +113,57 @@ def _prepare(config: TrainConfig, target: Target, resume: bool) -> Run:
     )
 
 
-def _start(work: Run, resume: bool) -> tuple[TrainState, float]:
-    """The state of step 0, or of the newest checkpoint, and the seconds spent before."""
-    if resume and work.checkpoints.latest_step() is not None:
-        draft = DraftConfig.from_dict(read_json(work.folder / "run.json")["draft"])
-        like = jax.eval_shape(lambda: _state(work, _for_dtype(draft, work.target), None, None))
-        return work.checkpoints.restore(like)
-    config, own = work.config, work.target.config
-    scale = init.input_scale(work.target)
+def _packed_rows(config: TrainConfig, folder: Path, target: Target, resume: bool) -> data.Data:
+    """The rows of a new run, or those that the run began with."""
+    if resume:
+        if not (folder / "data.npz").is_file():
+            raise ConfigError(f"{folder}: nothing to resume")
+        return checkpoint.load_data(folder / "data.npz")
+    if (folder / "checkpoints").is_dir() and any((folder / "checkpoints").iterdir()):
+        raise ConfigError(f"{folder}: holds a run already; --resume it, or name another folder")
+    packed = data.load_data(
+        config.sources,
+        target.tokenizer,
+        vocab_size=target.config.vocab_size,
+        length=config.length,
+        validation_share=config.validation_share,
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint.save_data(packed, folder / "data.npz")
+    settings = json.loads(json.dumps(dataclasses.asdict(config)))
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False), "utf-8")
+    return packed
+
+
+def _first_state(work: Run) -> TrainState:
+    """The state of step 0."""
+    config = work.config
     if config.start in ("ridge", "random"):
-        U = config.draft_vocab_size
-        draft_config = DraftConfig.for_target(
-            own,
-            num_layers=config.num_layers,
-            input_norm=config.input_norm,
-            output_norm=config.output_norm,
-            draft_vocab_size=U,
-        )
-        ids = None
-        if U is not None:
-            if U > own.vocab_size:
-                raise ConfigError(f"draft_vocab_size {U}: the target has {own.vocab_size} tokens")
-            counts = checkpoint.load_data(work.folder / "data.npz").counts
-            ids = jnp.asarray(data.draft_vocabulary(counts, U, own.stop_token_ids))
+        draft_config, ids = _new_draft(work)
         params = _first_params(work, draft_config)
     else:
         draft = load_draft(config.start, work.target, dtype="float32")
-        draft_config, ids = _for_dtype(draft.config, work.target), draft.draft_to_target
-        params = init.scaled_params(draft.params, scale)
+        draft_config, ids = draft.config, draft.draft_to_target
+        params = init.scaled_params(draft.params, init.input_scale(work.target))
+    draft_config = _for_dtype(draft_config, work.target)
     write_json(work.folder / "run.json", {"draft": draft_config.to_dict(), "steps": work.num_steps})
-    return _state(work, draft_config, params, ids), 0.0
+    return _state(work, draft_config, params, ids)
+
+
+def _shapes(work: Run) -> TrainState:
+    """The form of the run's state, to restore a checkpoint into."""
+    draft_config = DraftConfig.from_dict(read_json(work.folder / "run.json")["draft"])
+    draft_config = _for_dtype(draft_config, work.target)
+
+    def build():
+        params = init.random_params(draft_config, jax.random.key(0))
+        U = draft_config.draft_vocab_size
+        return _state(work, draft_config, params, None if U is None else jnp.zeros(U, jnp.int32))
+
+    return jax.eval_shape(build)
 
 
 def _state(work: Run, draft_config: DraftConfig, params: Any, ids: jax.Array | None) -> TrainState:
-    """A state; without parameters one that only shows shapes."""
-    if params is None:
-        params = init.random_params(draft_config, jax.random.key(0))
-        if draft_config.draft_vocab_size is not None:
-            ids = jnp.zeros(draft_config.draft_vocab_size, jnp.int32)
     return init.make_state(
         draft_config,
         params,
@@ -168,8 +175,26 @@ def _state(work: Run, draft_config: DraftConfig, params: Any, ids: jax.Array | N
 
 
 def _for_dtype(draft: DraftConfig, target: Target) -> DraftConfig:
+    """The same draft for passes in the target's dtype."""
     layer = dataclasses.replace(draft.layer, dtype=target.config.dtype)
     return dataclasses.replace(draft, layer=layer)
+
+
+def _new_draft(work: Run) -> tuple[DraftConfig, jax.Array | None]:
+    """The config of a draft from scratch, and its vocabulary from the counts of the data."""
+    config, own, U = work.config, work.target.config, work.config.draft_vocab_size
+    draft_config = DraftConfig.for_target(
+        own,
+        num_layers=config.num_layers,
+        input_norm=config.input_norm,
+        output_norm=config.output_norm,
+        draft_vocab_size=U,
+    )
+    if U is None:
+        return draft_config, None
+    if U > own.vocab_size:
+        raise ConfigError(f"draft_vocab_size {U}: the target has {own.vocab_size} tokens")
+    return draft_config, jnp.asarray(data.draft_vocabulary(work.counts, U, own.stop_token_ids))
 
 
 def _first_params(work: Run, draft_config: DraftConfig) -> Any:
@@ -178,9 +203,8 @@ def _first_params(work: Run, draft_config: DraftConfig) -> Any:
         return init.random_params(draft_config, key)
     batch = work.config.batch
     count = max(1, min(work.config.start_rows // batch, work.feed.steps_per_epoch))
-    return init.ridge_params(
-        draft_config, work.target, (_with_features(work, step) for step in range(count)), key
-    )
+    batches = (_with_features(work, step) for step in range(count))
+    return init.ridge_params(draft_config, work.target, batches, key)
 
 
 _features = jax.jit(target_features)
@@ -200,10 +224,10 @@ def _train(
     work: Run, state: TrainState, seconds: float, stop_at: int | None
 ) -> tuple[TrainState, float]:
     """The loop; returns the last state and the seconds of the whole run."""
-    config = work.config
+    config, log = work.config, Log(work.config, work.num_steps)
     train_step = make_train_step(config, work.optimizer)
     end = work.num_steps if stop_at is None else min(stop_at, work.num_steps)
-    begin, saved, log = time.monotonic() - seconds, time.monotonic(), _Log(work)
+    begin, saved = time.monotonic() - seconds, time.monotonic()
     with log.progress:
         for step in range(int(state.step), end):
             numbers = work.feed.row_numbers(step)
@@ -220,7 +244,7 @@ def _train(
                 work.checkpoints.save(state, seconds)
                 saved = time.monotonic()
             if config.max_minutes is not None and seconds > 60 * config.max_minutes:
-                log.progress.console.print(f"stopped after {config.max_minutes:g} minutes")
+                log.say(f"stopped after {config.max_minutes:g} minutes")
                 break
     return state, time.monotonic() - begin
 
@@ -231,56 +255,6 @@ def _validate(work: Run, state: TrainState) -> dict[str, dict[str, float]]:
     count = min(work.config.validation_rows, len(work.validation.rows))
     rows = np.linspace(0, len(work.validation.rows), count, endpoint=False).astype(np.int64)
     return evaluate(state.draft(), work.target, work.validation, rows, names)
-
-
-class _Log:
-    """Progress bar, metrics.jsonl, and TensorBoard if asked for."""
-
-    def __init__(self, work: Run):
-        columns = ("{task.fields[tokens]:,} tokens", "loss {task.fields[loss]:.3f}",
-                   "top-1 {task.fields[top1]:.3f}", "{task.fields[speed]:.0f} tok/s")  # fmt: skip
-        self.progress = Progress(
-            TextColumn("step {task.completed}/{task.total}"), BarColumn(),
-            *map(TextColumn, columns), TimeRemainingColumn(),
-        )  # fmt: skip
-        self._task = self.progress.add_task(
-            "train", total=work.num_steps, tokens=0, loss=0.0, top1=0.0, speed=0.0
-        )
-        self._step_tokens = work.config.batch * work.config.length
-        self._last: tuple[int, float] | None = None
-        self._file = work.folder / "metrics.jsonl"
-        self._board = None
-        if work.config.tensorboard:
-            from tensorboardX import SummaryWriter
-
-            self._board = SummaryWriter(str(work.folder / "tensorboard"))
-
-    def step(self, step: int, seconds: float, figures: dict[str, float]) -> None:
-        last_step, last_seconds = self._last or (step, seconds)
-        speed = (step - last_step) * self._step_tokens / max(seconds - last_seconds, 1e-9)
-        self._last = step, seconds
-        tokens = step * self._step_tokens
-        self.progress.update(
-            self._task, completed=step, tokens=tokens, loss=figures["loss"],
-            top1=figures["top1"], speed=speed,
-        )  # fmt: skip
-        self._write(step, {"seconds": seconds, "tokens": tokens, "speed": speed, **figures})
-
-    def validation(self, step: int, figures: dict[str, dict[str, float]]) -> None:
-        for name, values in figures.items():
-            text = ", ".join(f"{key} {value:.4g}" for key, value in values.items())
-            self.progress.console.print(f"step {step}: validation {name}: {text}", highlight=False)
-        flat = {
-            f"validation/{n}/{k}": v for n, values in figures.items() for k, v in values.items()
-        }
-        self._write(step, flat)
-
-    def _write(self, step: int, figures: dict[str, float]) -> None:
-        with self._file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **figures}) + "\n")
-        if self._board is not None:
-            for name, value in figures.items():
-                self._board.add_scalar(name, value, step)
 
 
 def main(

@@ -55,11 +55,15 @@ def tree_attention(
       ValueError: shapes that do not fit together, or an unknown implementation.
       NotImplementedError: cache scales.
     """
-    _check_shapes(q_BMNH, k_tree_BXKH, v_tree_BXKH, k_pages_PKCH, v_pages_PKCH, page_table_BR)
+    _check_shapes(
+        q_BMNH, k_tree_BXKH, v_tree_BXKH, k_pages_PKCH, v_pages_PKCH, page_table_BR, length_B
+    )
     if tree_mask_BMX is not None:
         expected = (q_BMNH.shape[0], q_BMNH.shape[1], k_tree_BXKH.shape[1])
         if tree_mask_BMX.shape != expected:
             raise ValueError(f"tree_mask has shape {tree_mask_BMX.shape}, expected {expected}")
+    if first_BM is not None and first_BM.shape != q_BMNH.shape[:2]:
+        raise ValueError(f"first has shape {first_BM.shape}, expected {q_BMNH.shape[:2]}")
     if k_scale is not None or v_scale is not None:
         raise NotImplementedError("tree_attention: quantised caches (k_scale, v_scale)")
     name = implementation or "reference"
@@ -82,7 +86,9 @@ def tree_attention(
     )
 
 
-def _check_shapes(q_BMNH, k_tree_BXKH, v_tree_BXKH, k_pages_PKCH, v_pages_PKCH, page_table_BR):
+def _check_shapes(
+    q_BMNH, k_tree_BXKH, v_tree_BXKH, k_pages_PKCH, v_pages_PKCH, page_table_BR, length_B
+):
     B, M, N, H = q_BMNH.shape
     X, K = k_tree_BXKH.shape[1:3]
     if k_tree_BXKH.shape != (B, X, K, H) or v_tree_BXKH.shape != (B, X, K, H):
@@ -101,3 +107,5 @@ def _check_shapes(q_BMNH, k_tree_BXKH, v_tree_BXKH, k_pages_PKCH, v_pages_PKCH, 
         )
     if page_table_BR.shape[0] != B:
         raise ValueError(f"page_table has {page_table_BR.shape[0]} rows for {B} sequences")
+    if length_B.shape != (B,):
+        raise ValueError(f"length has shape {length_B.shape}, expected {(B,)}")

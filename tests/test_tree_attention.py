@@ -1,0 +1,200 @@
+"""Tree attention against a dense softmax over prefix and tree, in float64."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pallas_kernels.tree_attention import tree_attention
+
+# B, M, X, N, K, H, C, R
+SHAPES = {
+    "gqa": (2, 5, 5, 4, 2, 8, 4, 3),
+    "rectangular": (2, 3, 7, 6, 2, 4, 4, 2),
+    "root": (3, 1, 1, 2, 2, 8, 8, 2),
+    "blocks": (2, 3, 3, 4, 2, 8, 16, 9),  # more slots than one pass over the prefix reads
+}
+LAYERS, LAYER = 2, 1
+
+jitted = jax.jit(tree_attention, static_argnames=("scale", "implementation"))
+
+
+def make_case(shape, seed: int, lengths=None) -> dict:
+    """Random arguments by name; page ids carry the offset of the second layer."""
+    B, M, X, N, K, H, C, R = shape
+    rng = np.random.default_rng(seed)
+    pages = 1 + B * R
+    table = 1 + rng.permutation(B * R).reshape(B, R)
+    lengths = rng.integers(0, R * C + 1, B) if lengths is None else np.array(lengths)
+    for b, length in enumerate(lengths):
+        table[b, -(-length // C) :] = 0  # not reserved
+
+    def normal(*shape):
+        return rng.standard_normal(shape).astype(np.float32)
+
+    pool = (LAYERS * pages, K, C, H)
+    mask = rng.random((B, M, X)) < 0.5
+    mask[:, np.arange(M), np.arange(M) + X - M] = True
+    return {
+        "q": 2 * normal(B, M, N, H), "k_tree": normal(B, X, K, H), "v_tree": normal(B, X, K, H),
+        "k_pages": normal(*pool), "v_pages": normal(*pool),
+        "table": (table + LAYER * pages).astype(np.int32), "length": lengths.astype(np.int32),
+        "mask": mask,
+    }  # fmt: skip
+
+
+def dense(case, first=None, scale=None) -> np.ndarray:
+    """Softmax over all keys of prefix and tree, query by query."""
+    q = case["q"].astype(np.float64)
+    B, M, N, H = q.shape
+    K = case["k_tree"].shape[2]
+    out = np.zeros_like(q)
+    for b in range(B):
+        n = case["length"][b]
+
+        def rows(pages, tree, b=b, n=n):
+            prefix = np.moveaxis(pages[case["table"][b]], 1, 2).reshape(-1, *tree.shape[2:])[:n]
+            return np.concatenate([prefix, tree[b]]).astype(np.float64)
+
+        keys, values = (rows(case[f"{x}_pages"], case[f"{x}_tree"]) for x in "kv")
+        for m in range(M):
+            seen = np.arange(n) >= (0 if first is None else first[b, m])
+            seen = np.concatenate([seen, case["mask"][b, m]])
+            for h in range(N):
+                scores = keys[seen, h * K // N] @ q[b, m, h] * (scale or H**-0.5)
+                weights = np.exp(scores - scores.max())
+                out[b, m, h] = weights / weights.sum() @ values[seen, h * K // N]
+    return out
+
+
+def attend(case, **options):
+    return jitted(*case.values(), **options)
+
+
+def assert_close(out, expected):
+    np.testing.assert_allclose(np.asarray(out), expected, rtol=0, atol=2e-6)
+
+
+shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+
+
+@shapes
+@given(data=st.data())
+def test_equals_dense_softmax(shape, data):
+    B, C, R = shape[0], shape[-2], shape[-1]
+    edges = st.sampled_from([0, 1, C - 1, C, C + 1, R * C])  # empty, one page, across pages, full
+    lengths = data.draw(st.lists(edges | st.integers(0, R * C), min_size=B, max_size=B))
+    case = make_case(shape, data.draw(st.integers(0, 2**32 - 1)), lengths)
+    assert_close(attend(case), dense(case))
+
+
+@shapes
+@given(data=st.data())
+def test_first_hides_the_beginning_of_the_prefix(shape, data):
+    B, M, C, R = shape[0], shape[1], shape[-2], shape[-1]
+    case = make_case(shape, data.draw(st.integers(0, 2**32 - 1)))
+    rows = st.lists(st.integers(0, R * C + 2), min_size=B * M, max_size=B * M)
+    first = np.array(data.draw(rows), np.int32).reshape(B, M)
+    first[0, 0] = case["length"][0]  # at the length: sees none of the prefix
+    assert_close(attend(case, first_BM=first), dense(case, first))
+
+
+def test_first_behind_the_length_leaves_the_tree_alone():
+    case = make_case(SHAPES["gqa"], 3, [9, 12])
+    nothing = np.full(case["q"].shape[:2], 12, np.int32)
+    empty = case | {"length": np.zeros(2, np.int32)}
+    assert_close(attend(case, first_BM=nothing), np.asarray(attend(empty)))
+
+
+def test_no_mask_is_causal_with_the_queries_last():
+    case = make_case(SHAPES["rectangular"], 4)
+    M, X = case["mask"].shape[1:]
+    causal = np.tri(M, X, X - M, dtype=bool)
+    case["mask"] = np.broadcast_to(causal, case["mask"].shape)
+    assert_close(attend(case | {"mask": None}), dense(case))
+
+
+def test_scale_replaces_the_default():
+    case = make_case(SHAPES["gqa"], 5)
+    assert_close(attend(case, scale=0.1), dense(case, scale=0.1))
+
+
+def test_sequences_without_pages():
+    shape = (*SHAPES["gqa"][:-1], 0)
+    case = make_case(shape, 6, [0, 0])
+    assert_close(attend(case), dense(case))
+
+
+@shapes
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+@given(seed=st.integers(0, 2**32 - 1))
+def test_unread_slots_change_no_bit(shape, poison, seed):
+    case = make_case(shape, seed)
+    C = shape[-2]
+    unread = np.ones((case["k_pages"].shape[0], C), bool)  # trash, other layer, unreserved, behind
+    for row, length in zip(case["table"], case["length"], strict=True):
+        for position in range(length):
+            unread[row[position // C], position % C] = False
+    bad = {
+        name: np.where(unread[:, None, :, None], np.float32(poison), case[name])
+        for name in ("k_pages", "v_pages")
+    }
+    np.testing.assert_array_equal(np.asarray(attend(case | bad)), np.asarray(attend(case)))
+
+
+def test_bfloat16():
+    case = make_case(SHAPES["gqa"], 7, [5, 12])
+    case["q"] /= 2
+    low = {k: jnp.bfloat16(v) if v.dtype == np.float32 else v for k, v in case.items()}
+    out = attend(low)
+    assert out.dtype == jnp.bfloat16
+    exact = {k: np.asarray(v, np.float64) if k in case and k[0] in "qkv" else v
+             for k, v in low.items()}  # fmt: skip
+    # Queries times scale, weights and the result are rounded to 8 bits: a few half units of the
+    # largest value. float32 alone would be a thousand times closer.
+    largest = np.abs(exact["v_pages"]).max()
+    np.testing.assert_allclose(np.float64(out), dense(exact), rtol=0, atol=4 * 2**-9 * largest)
+
+
+def broken(**changes):
+    """A case with some arguments replaced by functions of themselves."""
+    case = make_case(SHAPES["gqa"], 0)
+    return case | {name: change(case[name]) for name, change in changes.items()}
+
+
+BROKEN = {
+    "tree keys of another width": dict(k_tree=lambda x: x[..., :4]),
+    "tree values of another batch": dict(v_tree=lambda x: x[:1]),
+    "tree keys without values": dict(v_tree=lambda x: x[:, :3]),
+    "heads that do not divide": dict(q=lambda x: x[:, :, :3]),
+    "fewer keys than queries": dict(k_tree=lambda x: x[:, :3], v_tree=lambda x: x[:, :3]),
+    "pools that differ": dict(k_pages=lambda x: x[:1]),
+    "pools of another width": dict(k_pages=lambda x: x[..., :4], v_pages=lambda x: x[..., :4]),
+    "table of another batch": dict(table=lambda x: x[:1]),
+    "lengths of another batch": dict(length=lambda x: x[:1]),
+    "mask of another tree": dict(mask=lambda x: x[:, :, :4]),
+}
+
+
+@pytest.mark.parametrize("changes", BROKEN.values(), ids=BROKEN)
+def test_shapes_that_do_not_fit_raise(changes):
+    with pytest.raises(ValueError, match=r"\d"):
+        tree_attention(*broken(**changes).values())
+
+
+def test_first_of_another_shape_raises():
+    case = make_case(SHAPES["gqa"], 0)
+    with pytest.raises(ValueError, match="first"):
+        tree_attention(*case.values(), first_BM=np.zeros((2, 1), np.int32))
+
+
+def test_unknown_implementations_and_scales_raise():
+    call = functools.partial(tree_attention, *make_case(SHAPES["gqa"], 0).values())
+    with pytest.raises(ValueError, match="'nothing'.*reference"):
+        call(implementation="nothing")
+    with pytest.raises(NotImplementedError, match="k_scale"):
+        call(k_scale=jnp.ones(1))
