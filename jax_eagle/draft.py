@@ -85,11 +85,12 @@ class Draft(struct.PyTreeNode):
     """Target token of each draft token; None: the vocabularies are the same."""
     config: DraftConfig = struct.field(pytree_node=False)
 
-    def __call__(self, target: Target, tokens_BM, features_BMF, view: View):
+    def __call__(
+        self, target: Target, tokens_BM, features_BMF, view: View
+    ) -> tuple[Float[Array, "B M D"], KV]:
         """One pass over pairs (token, feature before it): (estimated features, new KV)."""
-        return EagleDraft(self.config).apply(
-            {"params": self.params}, target.embed(tokens_BM), features_BMF, view
-        )
+        module: Any = EagleDraft(self.config)
+        return module.apply({"params": self.params}, target.embed(tokens_BM), features_BMF, view)
 
     def bind_head(self, target: Target):
         """The target's head cut to the draft vocabulary: a function x -> logits [..., U].

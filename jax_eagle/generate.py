@@ -59,6 +59,7 @@ def propose(target, draft: Draft | None, head, plan: Plan, state: DecodeState):
         root_B1 = state.root[:, None]
         tree = chain_tree(root_B1.shape[0], 1)
         return None, Proposal(tree, root_B1, jnp.zeros_like(root_B1), law=None, scratch=None)
+    assert state.draft_cache is not None and state.sync is not None
     sampling = state.sampling if plan.sampled_drafting else None
     return draft.expand(target, head, plan.shape, state.draft_cache, state.sync, sampling)
 

@@ -46,7 +46,7 @@ def prefill_chunk(target: Target, draft: Draft | None, carry: Prefill, tokens_BT
     row_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
     cache = commit(carry.cache, out.new_kv, row_BT, order_after(out.x, count_B))
     draft_cache = carry.draft_cache
-    if draft is not None:
+    if draft is not None and draft_cache is not None:
         before_BTF = jnp.concatenate([carry.last_feature[:, None], out.features[:, :-1]], axis=1)
         draft_cache, _ = draft.extend(target, draft_cache, Sync(tokens_BT, before_BTF, count_B))
 

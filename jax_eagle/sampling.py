@@ -132,7 +132,10 @@ def processed_scores(
         logits_BMV = jnp.where(allowed_BMV, logits_BMV, -jnp.inf)
     broken_BM1 = jnp.any(jnp.isnan(logits_BMV), axis=-1, keepdims=True)
     greedy_B11 = (sampling.temperature == 0)[:, None, None]
-    scores_BMV = logits_BMV / jnp.where(greedy_B11, 1.0, sampling.temperature[:, None, None])
+    # Scores count from the best one: a tiny temperature makes the others -inf, not all of them inf.
+    top_BM1 = jnp.max(logits_BMV, axis=-1, keepdims=True)
+    scores_BMV = logits_BMV - jnp.where(jnp.isfinite(top_BM1), top_BM1, 0.0)
+    scores_BMV = scores_BMV / jnp.where(greedy_B11, 1.0, sampling.temperature[:, None, None])
     filtered = jnp.any((sampling.top_k > 0) | (sampling.top_p < 1) | (sampling.min_p > 0))
     scores_BMV = jax.lax.cond(filtered, _filter, lambda scores, _: scores, scores_BMV, sampling)
     best_BM1 = jnp.argmax(logits_BMV, axis=-1, keepdims=True)
@@ -172,6 +175,7 @@ def _filter(scores_BMV, sampling: Sampling):
 
 def _ordered_bits(x: Float[Array, "..."]) -> Int[Array, "..."]:
     """Integers in the order of the floats, so that a threshold can be found bit by bit."""
+    x = jnp.where(x == 0, 0.0, x)  # -0 and 0 tie
     bits = jax.lax.bitcast_convert_type(x, jnp.int32)
     return bits ^ ((bits >> 31) & jnp.int32(0x7FFFFFFF))
 

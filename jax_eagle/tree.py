@@ -73,12 +73,14 @@ class StaticTree:
 
     def __post_init__(self):
         known = set(self.paths) | {()}
+        if not all(isinstance(rank, int) and rank >= 0 for path in self.paths for rank in path):
+            raise ValueError("child ranks are integers from 0")
         if len(known) != len(self.paths) + 1 or () in self.paths:
-            raise ValueError("tree: a path is empty or given twice")
+            raise ValueError("a path is empty or given twice")
         for path in self.paths:
             if path[:-1] not in known or (path[-1] > 0 and (*path[:-1], path[-1] - 1) not in known):
                 raise ValueError(
-                    f"tree: path {list(path)} needs its parent and its elder siblings in the tree"
+                    f"path {list(path)} needs its parent and its elder siblings in the tree"
                 )
         object.__setattr__(self, "paths", tuple(sorted(self.paths, key=lambda p: (len(p), p))))
 
@@ -91,6 +93,11 @@ class StaticTree:
     def max_depth(self) -> int:
         """Depth of the deepest node; a path has max_depth + 1 nodes."""
         return max(map(len, self.paths), default=0)
+
+    @property
+    def pool_size(self) -> int:
+        """Nodes proposed in all, root included."""
+        return self.num_nodes
 
     @property
     def keeps_all(self) -> bool:
@@ -149,7 +156,7 @@ class DynamicTree:
     def __post_init__(self):
         if min(self.depth, self.width) < 1 or self.nodes < 2:
             raise ValueError(
-                f"dynamic tree: depth {self.depth}, width {self.width} must be at least 1 and "
+                f"depth {self.depth} and width {self.width} must be at least 1 and "
                 f"nodes {self.nodes} at least 2 (the root counts)"
             )
 
@@ -258,10 +265,10 @@ def parse_tree(text: str, *, batch: int = 1, platform: str = "cpu") -> TreeShape
         if kind == "static" and rest in STATIC_TREES:
             return _paths(STATIC_TREES[rest])
         if kind == "paths":
-            return StaticTree(tuple(tuple(map(int, path)) for path in ast.literal_eval(rest)))
+            return StaticTree(tuple(map(tuple, ast.literal_eval(rest))))
         if kind == "dynamic" and (m := re.fullmatch(r"depth=(\d+),width=(\d+),nodes=(\d+)", rest)):
             return DynamicTree(*map(int, m.groups()))
-    except (SyntaxError, TypeError) as error:
+    except (SyntaxError, TypeError, ValueError) as error:
         raise ValueError(f"tree {text!r}: {error}") from None
     raise ValueError(
         f"unknown tree {text!r}: expected auto, chain:K, static:NAME with NAME one of "

@@ -1,5 +1,4 @@
-"""Settings of the whole suite (strict JAX, one CPU device, compiled programs kept between runs), and
-the tiny models and reference functions that several test files share."""
+"""Settings of the whole suite (strict JAX, one CPU device, kept programs) and its tiny models."""
 
 import importlib
 import math

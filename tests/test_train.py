@@ -258,7 +258,6 @@ def test_a_resumed_run_equals_one_without_interruption(target, settings, tmp_pat
 
 
 def test_validation_counts_the_targets_own_favourites(target, packed, step):
-    """An oracle's figures: a draft head over the whole vocabulary that is fed the true features."""
     draft = step[1](target).draft()
     feed = Feed(packed.validation, None, batch=1)
     figures = evaluate(draft, target, feed, np.arange(1), ["dialogues"])["dialogues"]

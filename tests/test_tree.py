@@ -92,10 +92,10 @@ def test_dynamic_trees_have_no_more_nodes_and_depth_than_they_can():
 @pytest.mark.parametrize(
     "text",
     [
-        "", "tree", "chain", "chain:", "chain:-1", "chain:three", "chain:1.5", "static:", "static:9",
-        "static:eagle", "paths:", "paths:[[0]", "paths:7", "paths:[0]", "paths:[[]]", "paths:[['a']]",
-        "paths:[[0],[0]]", "paths:[[1]]", "paths:[[0,0]]", "paths:[[0],[0,1]]", "paths:[[-1]]",
-        "dynamic", "dynamic:depth=2,width=2", "dynamic:width=2,depth=2,nodes=4",
+        "", "tree", "chain", "chain:", "chain:-1", "chain:three", "chain:1.5", "static:",
+        "static:9", "static:eagle", "paths:", "paths:[[0]", "paths:7", "paths:[0]", "paths:[[]]",
+        "paths:[['a']]", "paths:[[0],[0]]", "paths:[[1]]", "paths:[[0,0]]", "paths:[[0],[0,1]]",
+        "paths:[[-1]]", "dynamic", "dynamic:depth=2,width=2", "dynamic:width=2,depth=2,nodes=4",
         "dynamic:depth=0,width=2,nodes=4", "dynamic:depth=2,width=0,nodes=4",
         "dynamic:depth=2,width=2,nodes=1", "dynamic:depth=2,width=2,nodes=x", "AUTO", " chain:3",
     ],

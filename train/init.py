@@ -5,7 +5,6 @@ norm's weight, `fc` is the ridge regression of feature_i / g on (embedding of to
 i-1); the output norm starts at g, and the layers start almost silent.
 """
 
-import copy
 from collections.abc import Iterable
 from typing import Any
 
@@ -90,7 +89,7 @@ def _moments(target: Target, batch: Batch, scale, g):
 
 def scaled_params(params: Any, scale: jax.Array) -> Any:
     """Copied float32 parameters of a draft, with `fc` for scaled inputs."""
-    params = copy.deepcopy(jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), params))
+    params = jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), params)
     params["fc"]["kernel"] = params["fc"]["kernel"] / scale[:, None]
     return params
 

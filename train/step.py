@@ -56,7 +56,7 @@ class TrainState:
     config: DraftConfig = struct.field(pytree_node=False)
 
     def draft(self) -> Draft:
-        """The draft that would be exported now, in float32 parameters of the config's dtype."""
+        """The draft that would be exported now."""
         params = self.params if self.average is None else self.average
         return make_draft(params, self)
 
@@ -148,18 +148,22 @@ def make_train_step(
             )
 
         gradients, metrics = jax.grad(loss_of, has_aux=True)(state.params)
-        with jax.numpy_dtype_promotion("standard"):  # optax mixes Python and array scalars freely
-            updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-            params = optax.apply_updates(state.params, updates)
-        average = state.average
-        if config.ema is not None:
-            # Early on the average is over what there is, not over the start.
-            step = state.step.astype(jnp.float32)
-            decay = jnp.minimum(config.ema, (1.0 + step) / (10.0 + step))
-            average = jax.tree.map(lambda a, p: decay * a + (1.0 - decay) * p, average, params)
-        state = dataclasses.replace(
-            state, step=state.step + 1, params=params, average=average, opt_state=opt_state
-        )
+        state = _updated(state, gradients, optimizer, config.ema)
         return state, metrics, features_BTF
 
     return train_step
+
+
+def _updated(state: TrainState, gradients: Any, optimizer, ema: float | None) -> TrainState:
+    with jax.numpy_dtype_promotion("standard"):  # optax mixes Python and array scalars freely
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+    average = state.average
+    if ema is not None:
+        # Early on the average is over the few steps there are, not over the start.
+        step = state.step.astype(jnp.float32)
+        decay = jnp.minimum(ema, (1.0 + step) / (10.0 + step))
+        average = jax.tree.map(lambda a, p: decay * a + (1.0 - decay) * p, average, params)
+    return dataclasses.replace(
+        state, step=state.step + 1, params=params, average=average, opt_state=opt_state
+    )
