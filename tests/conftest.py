@@ -1,6 +1,5 @@
 """Settings of the whole suite (strict JAX, one CPU device, kept programs) and its tiny models."""
 
-import importlib
 import math
 import os
 from pathlib import Path
@@ -18,8 +17,8 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 from flax import linen as nn  # noqa: E402
-from flax import struct  # noqa: E402
 
+from jax_eagle import prefill  # noqa: E402
 from jax_eagle.attention import View  # noqa: E402
 from jax_eagle.cache import commit  # noqa: E402
 from jax_eagle.config import DraftConfig, LlamaConfig  # noqa: E402
@@ -50,7 +49,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 TOY = LlamaConfig(
     vocab_size=6, hidden_size=32, intermediate_size=64, num_layers=2, num_heads=4, num_kv_heads=2,
-    head_dim=8, max_position=48,
+    head_dim=8, max_position=20,
 )  # fmt: skip
 
 
@@ -92,7 +91,6 @@ def make_draft():
     return make
 
 
-@struct.dataclass
 class OracleDraft(Draft):
     """The target as its own draft, through the same expansion, pages and trees.
 
@@ -124,16 +122,16 @@ def make_oracle():
 @pytest.fixture
 def small_pages(monkeypatch):
     """Pages of 8 tokens, so that short sequences cross their borders."""
-    monkeypatch.setattr(importlib.import_module("jax_eagle.generate"), "PAGE_SIZE", 8)
+    monkeypatch.setattr(prefill, "PAGE_SIZE", 8)
 
 
 @pytest.fixture(scope="session")
 def ragged_prompts():
-    """ragged_prompts(count, seed) -> prompts of 1 to 16 tokens; the first has 16."""
+    """ragged_prompts(count, seed) -> prompts of 1 to 8 tokens; the first has 8."""
 
     def make(count: int, seed: int = 0) -> list[list[int]]:
         rng = np.random.default_rng(seed)
-        lengths = [16, *rng.integers(1, 17, count - 1)]
+        lengths = [8, *rng.integers(1, 9, count - 1)]
         return [rng.integers(0, TOY.vocab_size, n).tolist() for n in lengths]
 
     return make
