@@ -21,7 +21,14 @@ from train.export import export
 from train.features import FeatureStore
 from train.feed import Feed
 from train.loss import distillation_loss
-from train.step import Batch, draft_outputs, make_optimizer, make_train_step, target_features
+from train.step import (
+    Batch,
+    draft_outputs,
+    make_draft,
+    make_optimizer,
+    make_train_step,
+    target_features,
+)
 from train.train import run
 
 LENGTH, U = 32, 24
@@ -270,6 +277,15 @@ def test_validation_counts_the_targets_own_favourites(target, packed, step):
     assert figures["tokens"] == scored.sum()
     assert figures["top1"] == pytest.approx((favourite == guess)[scored].mean())
     assert figures["covered"] == pytest.approx((favourite < U)[scored].mean())
+
+
+def test_going_on_from_a_draft_starts_with_that_draft(target, step):
+    state = step[1](target)
+    draft = state.draft()
+    params = init.scaled_params(draft.params, init.input_scale(target))
+    again = make_draft(params, state)
+    for one, other in zip(*map(jax.tree.leaves, (draft.params, again.params)), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6)
 
 
 def test_feature_store_survives_a_torn_write(target, tmp_path):
