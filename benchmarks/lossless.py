@@ -46,8 +46,8 @@ def main(
 ) -> None:
     """Compares speculative with plain decoding, prompt by prompt; exits 1 on a difference."""
     enable_compilation_cache()
-    target = load_target(model, dtype="float32")
-    head = load_draft(draft, target)
+    target = load_target(model, dtype="float32").pack()
+    head = load_draft(draft, target).pack()
     chosen = as_chat(target, mt_bench()[:prompts])
     plain = decode_all(target, None, chosen, tree="auto", batch=1, new_tokens=new_tokens)
     rows, good = [], True

@@ -34,8 +34,8 @@ def main(
 ) -> None:
     """Measures the speed of each tree against plain decoding."""
     enable_compilation_cache()
-    target = load_target(model)
-    head = load_draft(draft, target)
+    target = load_target(model).pack()
+    head = load_draft(draft, target).pack()
     trees = tree or ["chain:1", "chain:3", "static:4", "static:8", "static:16"]
     step = max(1, 80 // prompts)
     batches = [[row] for row in as_chat(target, mt_bench()[::step][:prompts])]

@@ -18,10 +18,12 @@ from concurrent.futures import ThreadPoolExecutor
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 
 from .draft import Draft
 from .generate import decode
 from .llama import Target
+from .packing import BLOCKS
 from .prefill import start
 from .sampling import SamplingParams
 
@@ -138,7 +140,8 @@ def timed_run(
     jax.block_until_ready(state)
     first = time.perf_counter()
     model = dataclasses.replace(target, tokenizer=None)
-    state = decode(model, draft, plan, state, np.int32(max_rounds))
+    head = draft.bind_head(model) if draft is not None else None
+    state = decode(model, draft, head, plan, state, np.int32(max_rounds))
     jax.block_until_ready(state)
     end = time.perf_counter()
     rounds_B = np.asarray(state.rounds)[: len(prompts)]
@@ -233,7 +236,8 @@ def _summary(tree: str, pairs: Sequence[tuple[Run, Run]]) -> Summary:
 
 def weight_bytes(target: Target) -> int:
     """Bytes of parameters that a plain round reads: of an untied embedding only a row."""
-    total = sum(leaf.nbytes for leaf in jax.tree.leaves(target.params))
+    leaves = traverse_util.flatten_dict(target.params).items()
+    total = sum(leaf.nbytes for path, leaf in leaves if BLOCKS not in path)
     if target.config.tie_embeddings:
         return total  # the embedding is the head, which is read whole
     embedding = target.params["embed"]["embedding"]

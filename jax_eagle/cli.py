@@ -239,8 +239,8 @@ def _draft_name(model: str, draft: str) -> str | None:
 def _load(model: str, draft: str | None) -> tuple[Target, Draft | None]:
     err = Console(stderr=True)
     with err.status(f"Loading {model} (a download at the first start)"):
-        target = load_target(model)
-        return target, load_draft(draft, target) if draft else None
+        target = load_target(model).pack()
+        return target, load_draft(draft, target).pack() if draft else None
 
 
 def _prompt_ids(text: str | None, ids: str | None) -> list[int] | None:

@@ -32,8 +32,8 @@ def demo(
     with terminal.timed_step(out, f"Fetching {model} (a download at the first start)"):
         path = hub.resolve(model)
     with terminal.timed_step(out, "Loading target and draft"):
-        target = load_target(path)
-        speculator = load_draft(draft, target)
+        target = load_target(path).pack()
+        speculator = load_draft(draft, target).pack()
     questions = bench.PROMPTS[:NUM_PROMPTS]
     prompts = [chat_prompt(target, question) for question in questions]
     batches = [[prompt] for prompt in prompts]

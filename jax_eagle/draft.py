@@ -7,6 +7,7 @@ Slot i of the draft's cache holds the pair (token i, feature of token i-1) at Ro
 0 has no feature and is never attended. So draft and target share positions, masks and page table.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.compat import order_after
@@ -23,6 +25,7 @@ from .cache import KV, PagedCache, commit
 from .config import DraftConfig
 from .layers import Linear, RMSNorm, rope_angles
 from .llama import DecoderLayer, Target
+from .packing import column_blocks, matmul, pack_params
 from .sampling import Purpose, Sampling, gumbel, processed_scores
 from .tree import Tree, TreeShape, ancestor_mask
 from .verify import DraftLaw
@@ -92,20 +95,22 @@ class Draft(struct.PyTreeNode):
         module: Any = EagleDraft(self.config)
         return module.apply({"params": self.params}, target.embed(tokens_BM), features_BMF, view)
 
-    def bind_head(self, target: Target):
-        """The target's head cut to the draft vocabulary: a function x -> logits [..., U].
+    def pack(self) -> "Draft":
+        """On a CPU, the draft with its weights in blocks as well; see `Target.pack`."""
+        if jax.default_backend() != "cpu":
+            return self
+        params = pack_params(EagleDraft(self.config), self.params, *_smallest_call(self.config))
+        return self.replace(params=params)
 
-        Call it outside a loop, so that the cut happens once.
+    def bind_head(self, target: Target) -> Callable[[jax.Array], jax.Array]:
+        """The target's head cut to the draft vocabulary: x [..., D] -> logits [..., U].
+
+        The result is a pytree, so it can be bound once and given to compiled programs.
         """
         if self.draft_to_target is None:
-            return target.head
-        rows_UD = target.head_rows(self.draft_to_target)
-
-        def head(x):
-            logits = jax.lax.dot_general(x, rows_UD, (((x.ndim - 1,), (1,)), ((), ())))
-            return logits.astype(jnp.float32)
-
-        return head
+            return Partial(Target.head, target)
+        kernel_DU = target.head_rows(self.draft_to_target).T
+        return Partial(_cut_head, kernel_DU, column_blocks(kernel_DU) if target.packed else None)
 
     def to_target(self, tokens: Int[Array, "..."]) -> Int[Array, "..."]:
         """Target tokens of draft tokens."""
@@ -184,6 +189,10 @@ class Draft(struct.PyTreeNode):
         if sampling is not None and laws:
             law = DraftLaw(jnp.concatenate(laws, axis=1), expanded_BM, self.draft_to_target)
         return cache, Proposal(tree, tokens_BM, expanded_BM, law, scratch)
+
+
+def _cut_head(kernel_DU, blocks, x):
+    return matmul(x, kernel_DU, blocks).astype(jnp.float32)
 
 
 def _take(x, index_BW):
@@ -283,7 +292,12 @@ class _Pool(struct.PyTreeNode):
 
 def init_draft_params(config: DraftConfig, key: jax.Array) -> Any:
     """Random parameters of a draft, as plain arrays."""
+    variables = EagleDraft(config).init(key, *_smallest_call(config))
+    return nn.unbox(variables)["params"]
+
+
+def _smallest_call(config: DraftConfig):
+    """Arguments of EagleDraft for one pair."""
     embeds = jnp.zeros((1, 1, config.layer.hidden_size), config.layer.dtype)
     features = jnp.zeros((1, 1, config.feature_width), config.layer.dtype)
-    view = View(position=jnp.zeros((1, 1), jnp.int32))
-    return nn.unbox(EagleDraft(config).init(key, embeds, features, view))["params"]
+    return embeds, features, View(position=jnp.zeros((1, 1), jnp.int32))

@@ -12,7 +12,7 @@ page only. Nothing reads a host value inside the loop.
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -117,10 +117,17 @@ def _next_sync(plan: Plan, new_BA, out: TargetOutput, verdict: Verdict, done_B) 
 
 @functools.partial(jax.jit, static_argnames=("plan",), donate_argnames=("state",))
 def decode(
-    target: Target, draft: Draft | None, plan: Plan, state: DecodeState, max_rounds: Int[Array, ""]
+    target: Target,
+    draft: Draft | None,
+    head: Callable | None,
+    plan: Plan,
+    state: DecodeState,
+    max_rounds: Int[Array, ""],
 ) -> DecodeState:
-    """Rounds until every row is finished, `max_rounds` at most. The state is donated."""
-    head = draft.bind_head(target) if draft is not None else None
+    """Rounds until every row is finished, `max_rounds` at most. The state is donated.
+
+    `head` is `draft.bind_head(target)`, None without a draft.
+    """
 
     def unfinished(carry):
         state, rounds = carry
@@ -200,7 +207,8 @@ def generate(
     plan, state = start(
         target, draft, prompts, max_new_tokens, sampling, tree, stop_token_ids, drafting, draft_sync
     )
-    state = decode(target.replace(tokenizer=None), draft, plan, state, np.int32(2**30))
+    head = draft.bind_head(target) if draft is not None else None
+    state = decode(target.replace(tokenizer=None), draft, head, plan, state, np.int32(2**30))
     count = len(prompts)
     num_tokens, rounds, finish, tokens = map(
         np.asarray, (state.num_tokens, state.rounds, state.finish, state.tokens)
@@ -231,6 +239,7 @@ def generate_stream(
         target, draft, prompts, max_new_tokens, sampling, tree, stop_token_ids, drafting, draft_sync
     )
     target = target.replace(tokenizer=None)
+    head = draft.bind_head(target) if draft is not None else None
     count, seen = len(prompts), np.zeros(len(prompts), int)
     while True:
         num_tokens, accepted, finish, tokens, ranks = map(
@@ -247,4 +256,4 @@ def generate_stream(
         if finish[:count].all():
             return
         seen = num_tokens[:count].copy()
-        state = decode(target, draft, plan, state, np.int32(1))
+        state = decode(target, draft, head, plan, state, np.int32(1))

@@ -4,6 +4,7 @@ Each parameter declares its shape, logical axes and initialiser once; `sharding.
 axes to a mesh. Kernels are stored [in..., out...], so a matrix product needs no transposition.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from .config import LlamaConfig
+from .packing import matmul, module_blocks
 
 
 def partitioned(init: Callable[..., Any], axes: tuple[str, ...]) -> Callable[..., Any]:
@@ -42,8 +44,11 @@ class Linear(nn.Module):
             self.in_shape + self.out_shape,
             x.dtype,
         )
-        contract = tuple(range(x.ndim - len(self.in_shape), x.ndim))
-        y = jax.lax.dot_general(x, kernel, ((contract, fan_in_axes), ((), ())))
+        kernel_DE = jnp.reshape(kernel, (math.prod(self.in_shape), math.prod(self.out_shape)))
+        batch_shape = x.shape[: x.ndim - len(self.in_shape)]
+        y = matmul(
+            jnp.reshape(x, (*batch_shape, -1)), kernel_DE, module_blocks(self, kernel_DE)
+        ).reshape(batch_shape + self.out_shape)
         if self.use_bias:
             bias_init = partitioned(nn.initializers.zeros_init(), self.axes[len(self.in_shape) :])
             bias = self.param("bias", bias_init, self.out_shape, x.dtype)
@@ -81,7 +86,8 @@ class Embed(nn.Module):
         return jnp.take(self.embedding, tokens, axis=0)
 
     def attend(self, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
-        return jax.lax.dot_general(x, self.embedding, (((x.ndim - 1,), (1,)), ((), ())))
+        kernel_DE = self.embedding.T
+        return matmul(x, kernel_DE, module_blocks(self, kernel_DE))
 
 
 class SwiGLU(nn.Module):

@@ -66,25 +66,23 @@ def first_token(
 ) -> DecodeState:
     """Samples the first token at the end of prefill and builds the state of the rounds."""
     caches, last = carry[:2], carry[2:]
-    return _first_token(
-        target, plan, caches, last, sampling, stop_ids_BE, max_tokens_B, width=width
-    )
+    lengths = plan.path_length, plan.sync_length, width  # not the plan: trees of one depth share it
+    return _first_token(target, lengths, caches, last, sampling, stop_ids_BE, max_tokens_B)
 
 
-@functools.partial(jax.jit, static_argnames=("plan", "width"), donate_argnames=("caches",))
-def _first_token(target, plan: Plan, caches, last, sampling, stop_ids_BE, max_tokens_B, *, width):
+@functools.partial(jax.jit, static_argnames=("lengths",), donate_argnames=("caches",))
+def _first_token(target, lengths, caches, last, sampling, stop_ids_BE, max_tokens_B):
+    path_length, sync_length, width = lengths
     carry = Prefill(*caches, *last)
     B = max_tokens_B.shape[0]
     token_B1 = draw(target.head(carry.last_x)[:, None], sampling, carry.cache.length[:, None])
     zeros_B = jnp.zeros(B, jnp.int32)
     sync = None
     if carry.draft_cache is not None:
-        A = plan.sync_length
+        F = carry.last_feature.shape[1]
         sync = Sync(
-            tokens=jnp.broadcast_to(jnp.maximum(token_B1, 0), (B, A)),
-            features=jnp.broadcast_to(
-                carry.last_feature[:, None], (B, A, carry.last_feature.shape[1])
-            ),
+            tokens=jnp.broadcast_to(jnp.maximum(token_B1, 0), (B, sync_length)),
+            features=jnp.broadcast_to(carry.last_feature[:, None], (B, sync_length, F)),
             count=jnp.ones(B, jnp.int32),
         )
     state = DecodeState(
@@ -100,7 +98,7 @@ def _first_token(target, plan: Plan, caches, last, sampling, stop_ids_BE, max_to
         finish=zeros_B,
         rounds=zeros_B,
         num_accepted=zeros_B,
-        path_ranks=jnp.zeros((B, plan.path_length), jnp.int32),
+        path_ranks=jnp.zeros((B, path_length), jnp.int32),
     )
     error_B = token_B1[:, 0] < 0
     return emit(state, token_B1, jnp.where(error_B, 0, 1), error_B)

@@ -202,6 +202,8 @@ class DynamicTree:
         """The best M of the pool in pool order. A child never beats its parent: its score is lower
         or equal and its index higher, so the selection is a tree and parents come first.
         """
+        # top_k puts NaN first: a broken draft must not displace the root.
+        scores_BX = jnp.where(jnp.isnan(scores_BX), -jnp.inf, scores_BX)
         best_BM = jax.lax.top_k(scores_BX, self.num_nodes)[1].astype(jnp.int32)
         return jnp.sort(best_BM, axis=1)
 

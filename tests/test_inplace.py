@@ -40,7 +40,8 @@ def compiled(tree: str | None, sync: str, new_tokens: int):
     pools = [state.cache.k_pages, state.cache.v_pages]
     if state.draft_cache is not None:
         pools += [state.draft_cache.k_pages, state.draft_cache.v_pages]
-    return decode.lower(target, draft, plan, state, np.int32(1)).compile(), pools
+    head = draft.bind_head(target) if draft is not None else None
+    return decode.lower(target, draft, head, plan, state, np.int32(1)).compile(), pools
 
 
 @pytest.mark.parametrize(

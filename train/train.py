@@ -144,6 +144,9 @@ def _first_state(work: Run) -> TrainState:
     else:
         draft = load_draft(config.start, work.target, dtype="float32")
         draft_config, ids = draft.config, draft.draft_to_target
+        if config.draft_vocab_size is not None:  # the head is the target's: any cut of it will do
+            ids = _draft_vocabulary(work)
+            draft_config = dataclasses.replace(draft_config, draft_vocab_size=len(ids))
         params = init.scaled_params(draft.params, init.input_scale(work.target))
     draft_config = _for_dtype(draft_config, work.target)
     write_json(work.folder / "run.json", {"draft": draft_config.to_dict(), "steps": work.num_steps})
@@ -182,19 +185,23 @@ def _for_dtype(draft: DraftConfig, target: Target) -> DraftConfig:
 
 def _new_draft(work: Run) -> tuple[DraftConfig, jax.Array | None]:
     """The config of a draft from scratch, and its vocabulary from the counts of the data."""
-    config, own, U = work.config, work.target.config, work.config.draft_vocab_size
+    config, U = work.config, work.config.draft_vocab_size
     draft_config = DraftConfig.for_target(
-        own,
+        work.target.config,
         num_layers=config.num_layers,
         input_norm=config.input_norm,
         output_norm=config.output_norm,
         draft_vocab_size=U,
     )
-    if U is None:
-        return draft_config, None
-    if U > own.vocab_size:
-        raise ConfigError(f"draft_vocab_size {U}: the target has {own.vocab_size} tokens")
-    return draft_config, jnp.asarray(data.draft_vocabulary(work.counts, U, own.stop_token_ids))
+    return draft_config, None if U is None else _draft_vocabulary(work)
+
+
+def _draft_vocabulary(work: Run) -> jax.Array:
+    """The tokens that the data asks for most often."""
+    U, target = work.config.draft_vocab_size, work.target.config
+    if U > target.vocab_size:
+        raise ConfigError(f"draft_vocab_size {U}: the target has {target.vocab_size} tokens")
+    return jnp.asarray(data.draft_vocabulary(work.counts, U, target.stop_token_ids))
 
 
 def _first_params(work: Run, draft_config: DraftConfig) -> Any:

@@ -1,0 +1,77 @@
+"""Weights in column blocks: the same products, beside the kernels they repeat."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import traverse_util
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jax_eagle import Draft, Target, bench, generate
+from jax_eagle.config import DraftConfig, LlamaConfig
+from jax_eagle.draft import init_draft_params
+from jax_eagle.llama import init_params
+from jax_eagle.packing import BLOCKS, column_blocks, matmul
+
+CONFIG = LlamaConfig(
+    vocab_size=128, hidden_size=64, intermediate_size=192, num_layers=2, num_heads=2,
+    num_kv_heads=1, head_dim=32, max_position=64, tie_embeddings=True,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def target() -> Target:
+    return Target(init_params(CONFIG, jax.random.key(0)), CONFIG)
+
+
+@pytest.fixture(scope="module")
+def draft() -> Draft:
+    config = DraftConfig.for_target(CONFIG, draft_vocab_size=64)
+    ids = jnp.arange(64, dtype=jnp.int32) * 2
+    return Draft(init_draft_params(config, jax.random.key(1)), ids, config)
+
+
+@given(seed=st.integers(0, 2**16), rows=st.sampled_from([1, 2, 3, 8, 9]))
+def test_product_in_blocks(seed, rows):
+    rng = np.random.default_rng(seed)
+    x, kernel = rng.standard_normal((rows, 20)), rng.standard_normal((20, 128))
+    blocks = column_blocks(jnp.float32(kernel))
+    assert blocks is not None and blocks.shape == (2, 20, 64)
+    # The kernel itself is NaN wherever the blocks must do.
+    wrong = jnp.full((20, 128), jnp.nan) if rows <= 8 else jnp.float32(kernel)
+    y = matmul(jnp.float32(x).reshape(1, rows, 20), wrong, blocks)
+    np.testing.assert_allclose(y[0], x @ kernel, rtol=1e-5, atol=1e-5)
+
+
+def test_columns_that_fill_no_block_stay_as_they_are():
+    assert column_blocks(jnp.ones((4, 96))) is None
+
+
+def test_every_kernel_with_whole_blocks_is_packed(target, draft):
+    packed = target.pack()
+    flat = traverse_util.flatten_dict(packed.params)
+    modules = {path[:-1] for path in flat if path[-1] in ("kernel", "embedding")}
+    narrow = {path for path in modules if path[-1] in "kv"}  # 32 columns
+    assert {path[:-1] for path in flat if path[-1] == BLOCKS} == modules - narrow
+    assert packed.packed and not target.packed
+    assert bench.weight_bytes(packed) == bench.weight_bytes(target)
+    assert ("fc", BLOCKS) in traverse_util.flatten_dict(draft.pack().params)
+
+
+def test_new_parameters_leave_the_blocks_behind(target):
+    other = Target(init_params(CONFIG, jax.random.key(5)), CONFIG)
+    prompt = [[3, 1, 4, 1, 5]]
+    swapped = target.pack().replace(params=other.params)
+    expected = generate(other, None, prompt, max_new_tokens=8).tokens
+    assert generate(swapped, None, prompt, max_new_tokens=8).tokens == expected
+
+
+@pytest.mark.parametrize("tree", ["chain:1", "static:4"])
+def test_packed_models_give_the_same_text(target, draft, tree):
+    prompts = [[3, 1, 4, 1, 5], [9, 2, 6]]
+    options = {"max_new_tokens": 24, "stop_token_ids": [], "tree": tree}
+    plain = generate(target, None, prompts, **options)
+    packed = generate(target.pack(), draft.pack(), prompts, **options)
+    assert packed.tokens == plain.tokens
+    assert packed.rounds == generate(target, draft, prompts, **options).rounds
