@@ -118,18 +118,32 @@ def uniform(seed_B, position_B, purpose: Purpose, index_B) -> Float[Array, "B"]:
     return jax.vmap(one)(seed_B, position_B, index_B)
 
 
+def restrict(
+    logits_BMV: Float[Array, "B M V"], allowed_bits: UInt32[Array, "B M V/32"] | None
+) -> Float[Array, "B M V"]:
+    """-inf for tokens that are not allowed: token v is bit v % 32 of word v // 32; None: all are.
+
+    The layout is that of llguidance's masks; V/32 is rounded up.
+    """
+    if allowed_bits is None:
+        return logits_BMV
+    bit_32 = jnp.arange(32, dtype=jnp.uint32)[None, None, None]
+    bits = (allowed_bits[..., None] >> bit_32) & jnp.uint32(1)
+    allowed_BMV = jnp.reshape(bits, (*allowed_bits.shape[:2], -1))[:, :, : logits_BMV.shape[-1]]
+    return jnp.where(allowed_BMV > 0, logits_BMV, -jnp.inf)
+
+
 def processed_scores(
     logits_BMV: Float[Array, "B M V"],
     sampling: Sampling,
-    allowed_BMV: Bool[Array, "B M V"] | None = None,
+    allowed_bits: UInt32[Array, "B M V/32"] | None = None,
 ) -> Float[Array, "B M V"]:
     """Logits of the processed law: softmax of the result is what tokens are drawn from.
 
     At temperature 0 the law is a point mass on the (first) argmax. Tokens outside the law are
     -inf; a row without any token, or with NaN, comes back all -inf (see `is_defined`).
     """
-    if allowed_BMV is not None:
-        logits_BMV = jnp.where(allowed_BMV, logits_BMV, -jnp.inf)
+    logits_BMV = restrict(logits_BMV, allowed_bits)
     broken_BM1 = jnp.any(jnp.isnan(logits_BMV), axis=-1, keepdims=True)
     greedy_B11 = (sampling.temperature == 0)[:, None, None]
     # Scores count from the best one: a tiny temperature makes the others -inf, not all of them inf.
@@ -203,7 +217,7 @@ def draw(
     logits_BMV: Float[Array, "B M V"],
     sampling: Sampling,
     position_BM: Int[Array, "B M"],
-    allowed_BMV: Bool[Array, "B M V"] | None = None,
+    allowed_bits: UInt32[Array, "B M V/32"] | None = None,
 ) -> Int[Array, "B M"]:
     """One token a node from its processed law, by the Gumbel-max trick; -1 where it is undefined.
 
@@ -212,12 +226,10 @@ def draw(
     """
 
     def greedy(logits_BMV):
-        if allowed_BMV is not None:
-            logits_BMV = jnp.where(allowed_BMV, logits_BMV, -jnp.inf)
-        return _best(logits_BMV)
+        return _best(restrict(logits_BMV, allowed_bits))
 
     def sampled(logits_BMV):
-        scores_BMV = processed_scores(logits_BMV, sampling, allowed_BMV)
+        scores_BMV = processed_scores(logits_BMV, sampling, allowed_bits)
         noise = gumbel(sampling.seed, position_BM, Purpose.TARGET, scores_BMV.shape[-1])
         return _best(scores_BMV + noise)
 

@@ -16,7 +16,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from .sampling import Purpose, Sampling, draw, gumbel, is_defined, processed_scores, uniform
 from .tree import Tree
@@ -63,7 +63,7 @@ def verify(
     *,
     max_depth: int,
     max_children: int,
-    allowed_BMV: Bool[Array, "B M V"] | None = None,
+    allowed_bits: UInt32[Array, "B M V/32"] | None = None,
 ) -> Verdict:
     """Accepts the longest path that the target's processed law supports.
 
@@ -74,16 +74,16 @@ def verify(
       length_B: committed tokens; the child of a node of depth d takes position length + d + 1.
       sampling: the requests' parameters.
       max_depth, max_children: static bounds of the tree.
-      allowed_BMV: tokens that may follow each node (guided decoding), None for all.
+      allowed_bits: tokens that may follow each node (guided decoding; see `sampling.restrict`)
     """
     position_BM = length_B[:, None] + tree.depth + 1
     if draft_law is None:
-        drawn_BM = draw(logits_BMV, sampling, position_BM, allowed_BMV)
+        drawn_BM = draw(logits_BMV, sampling, position_BM, allowed_bits)
         step = functools.partial(_matching_child, tree, tokens_BM, drawn_BM)
         path_BA, num_accepted_B = _walk(step, length_B, max_depth)
         bonus_B = _at(drawn_BM, path_BA[:, -1])
         return Verdict(path_BA, num_accepted_B, bonus_B, error=bonus_B < 0)
-    scores_BMV = processed_scores(logits_BMV, sampling, allowed_BMV)
+    scores_BMV = processed_scores(logits_BMV, sampling, allowed_bits)
     return _verify_sampled(
         tree, tokens_BM, draft_law, scores_BMV, position_BM, sampling, max_depth, max_children
     )

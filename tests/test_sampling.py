@@ -19,6 +19,7 @@ from jax_eagle.sampling import (
     gumbel,
     is_defined,
     processed_scores,
+    restrict,
     uniform,
 )
 
@@ -168,14 +169,22 @@ def test_undefined_laws_are_flagged(row, temperature, others):
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_allowed_tokens(temperature):
     logits = jnp.tile(jnp.array([5.0, 4.0, 3.0, jnp.nan]), (3, 1, 1)).at[0, 0, 3].set(0.0)
-    allowed = jnp.array([[[False, False, True, True]], [[False, True, True, False]],
-                         [[False] * 4]])  # fmt: skip
+    allowed = jnp.array([[[0b1100]], [[0b0110]], [[0]]], jnp.uint32)
     sampling = Sampling.stack([SamplingParams(temperature=temperature, top_k=1)] * 3)
     tokens = draw(logits, sampling, jnp.zeros((3, 1), jnp.int32), allowed)
     # The NaN of the second row is not allowed, so it does not count; the third may say nothing.
     assert tokens.tolist() == [[2], [1], [-1]]
     scores = processed_scores(logits, sampling, allowed)
     assert is_defined(scores).tolist() == [[True], [True], [False]]
+
+
+@given(st.integers(0, 2**16), st.sampled_from([5, 32, 70]))
+def test_allowed_bits_restrict_their_tokens(seed, vocab):
+    allowed = np.random.default_rng(seed).random((2, 3, vocab)) < 0.5
+    words = np.packbits(np.pad(allowed, ((0, 0), (0, 0), (0, -vocab % 32))), -1, "little")
+    bits = jnp.asarray(words.reshape(2, 3, -1).view("<u4"))
+    got = restrict(jnp.ones((2, 3, vocab)), bits)
+    np.testing.assert_array_equal(got, np.where(allowed, 1, -np.inf))
 
 
 # ---- random draws ------------------------------------------------------------------------------

@@ -142,14 +142,14 @@ def test_allowed_tokens_bind_drafted_and_bonus_tokens(temperature, drafting):
     """The target wants token 1 and so does the chain; rows differ in what is allowed."""
     B, M, V = 4, 3, 4
     logits = np.tile(np.array([0.0, 40.0, 20.0, 0.0]), (B, M, 1))
-    allowed = np.ones((B, M, V), bool)
-    allowed[1, 1, 1] = False  # behind the first drafted token: another one
-    allowed[2, 0, 1] = False  # at the root
-    allowed[3, 1] = False  # nothing may follow the first drafted token
+    allowed = np.full((B, M, 1), 0b1111, np.uint32)
+    allowed[1, 1] = 0b1101  # behind the first drafted token: another one
+    allowed[2, 0] = 0b1101  # at the root
+    allowed[3, 1] = 0  # nothing may follow the first drafted token
     law = uniform_law(B, M, V) if drafting == "sampled" else None
     verdict = run(
         chain(B, M), np.full((B, M), 1), law, logits, sampling_of(B, temperature=temperature),
-        depth=2, allowed_BMV=jnp.asarray(allowed),
+        depth=2, allowed_bits=jnp.asarray(allowed),
     )  # fmt: skip
     assert verdict.num_accepted.tolist() == [2, 1, 0, 1]
     assert verdict.bonus.tolist() == [1, 2, 2, -1]
