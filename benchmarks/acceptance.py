@@ -20,8 +20,9 @@ from rich.table import Table
 
 from jax_eagle import Draft, Target, generate_stream, load_draft, load_target
 from jax_eagle.compilation_cache import enable_compilation_cache
+from jax_eagle.machine import describe_machine
+from jax_eagle.program import run_program
 
-from .machine import describe_machine
 from .prompts import SUITES, as_chat
 
 
@@ -32,7 +33,7 @@ class Count:
     gained: int = 0
     rounds: int = 0
     reached: collections.Counter = dataclasses.field(default_factory=collections.Counter)
-    """Rounds whose path reached depth d - 1, so that depth d was tried."""
+    """Rounds whose path reached depth d - 1 (where the tree may have ended on that branch)."""
     accepted: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     """(depth, rank) of accepted nodes."""
 
@@ -133,4 +134,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_program(main, "benchmarks.acceptance")

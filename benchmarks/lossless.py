@@ -16,9 +16,10 @@ from rich.progress import track
 
 from jax_eagle import generate, load_draft, load_target
 from jax_eagle.compilation_cache import enable_compilation_cache
+from jax_eagle.machine import describe_machine
+from jax_eagle.program import run_program
 
 from .equal_text import compare, summarise
-from .machine import describe_machine
 from .prompts import as_chat, mt_bench
 
 TREES = ("chain:3", "static:eagle-26", "dynamic:depth=4,width=4,nodes=16")
@@ -66,4 +67,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_program(main, "benchmarks.lossless")

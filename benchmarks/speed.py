@@ -18,8 +18,9 @@ from rich.table import Table
 
 from jax_eagle import bench, load_draft, load_target
 from jax_eagle.compilation_cache import enable_compilation_cache
+from jax_eagle.machine import describe_machine
+from jax_eagle.program import run_program
 
-from .machine import describe_machine
 from .prompts import as_chat, mt_bench
 
 
@@ -76,4 +77,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_program(main, "benchmarks.speed")

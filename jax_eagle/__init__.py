@@ -12,7 +12,9 @@ pytree fields:
     N  query heads                         K  KV heads
     G  query heads per KV head             H  head dimension
     R  pages per sequence                  L  layers
-    X  tree keys (scratch and new ones)
+    X  tree keys (scratch and new ones), or any other list of nodes or blocks
+    E  entries of a short list: expanded nodes, stop ids
+    O  tokens of the output          J  columns of a weight block
 
 Start reading at `generate.py`.
 """

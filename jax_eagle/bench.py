@@ -18,12 +18,11 @@ from concurrent.futures import ThreadPoolExecutor
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import traverse_util
 
 from .draft import Draft
 from .generate import decode
 from .llama import Target
-from .packing import BLOCKS
+from .packing import unpack_params
 from .prefill import start
 from .sampling import SamplingParams
 
@@ -137,10 +136,10 @@ def timed_run(
     plan, state = start(
         target, draft, prompts, max_new_tokens, sampling, shape, None, "greedy", "all"
     )
-    jax.block_until_ready(state)
-    first = time.perf_counter()
-    model = dataclasses.replace(target, tokenizer=None)
+    model = target.replace(tokenizer=None)
     head = draft.bind_head(model) if draft is not None else None
+    jax.block_until_ready((state, head))
+    first = time.perf_counter()
     state = decode(model, draft, head, plan, state, np.int32(max_rounds))
     jax.block_until_ready(state)
     end = time.perf_counter()
@@ -236,8 +235,7 @@ def _summary(tree: str, pairs: Sequence[tuple[Run, Run]]) -> Summary:
 
 def weight_bytes(target: Target) -> int:
     """Bytes of parameters that a plain round reads: of an untied embedding only a row."""
-    leaves = traverse_util.flatten_dict(target.params).items()
-    total = sum(leaf.nbytes for path, leaf in leaves if BLOCKS not in path)
+    total = sum(leaf.nbytes for leaf in jax.tree.leaves(unpack_params(target.params)))
     if target.config.tie_embeddings:
         return total  # the embedding is the head, which is read whole
     embedding = target.params["embed"]["embedding"]

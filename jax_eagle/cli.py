@@ -4,8 +4,6 @@ Text and tables go to stdout, progress and errors to stderr. Bad input ends with
 code 2, anything unexpected with one line and exit code 1; --debug shows the stack trace.
 """
 
-import io
-import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -22,6 +20,7 @@ from .generate import generate_stream
 from .inspection import inspect as describe
 from .llama import Target
 from .load import load_draft, load_target
+from .program import DEBUG_VARIABLE, run_program
 from .report import BenchOptions, read_prompts
 from .report import bench as run_bench
 from .sampling import SamplingParams
@@ -96,7 +95,7 @@ ChatOption = Annotated[
 def settings(
     context: typer.Context,
     debug: Annotated[
-        bool, typer.Option("--debug", envvar="JAX_EAGLE_DEBUG", help="Show stack traces of errors.")
+        bool, typer.Option("--debug", envvar=DEBUG_VARIABLE, help="Show stack traces of errors.")
     ] = False,
 ) -> None:
     """What comes before every command."""
@@ -267,25 +266,7 @@ def _encode(target: Target, text: str, chat: bool) -> list[int]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs the program; `arguments` None: those of the process."""
-    shared = {"debug": False}
-    for file in (sys.stdout, sys.stderr):
-        if isinstance(file, io.TextIOWrapper):
-            file.reconfigure(errors="replace")  # a letter the terminal lacks must not end the run
-    try:
-        code = app(arguments, prog_name="jax-eagle", standalone_mode=False, obj=shared)
-    except (KeyboardInterrupt, typer.Abort):
-        sys.exit(130)
-    except Exception as error:
-        if shared["debug"]:
-            raise
-        # Usage errors of typer, or of click for its older versions, say how to print themselves.
-        usage = getattr(error, "format_message", None)
-        expected = usage or isinstance(error, ValueError | OSError | NotImplementedError)
-        text = " ".join((usage() if usage else str(error)).split()) or type(error).__name__
-        hint = "" if expected else f" ({type(error).__name__}; --debug shows where)"
-        print(f"jax-eagle: error: {text}{hint}", file=sys.stderr)
-        sys.exit(2 if expected else 1)
-    sys.exit(code if isinstance(code, int) else 0)
+    run_program(app, "jax-eagle", arguments)
 
 
 if __name__ == "__main__":

@@ -192,7 +192,7 @@ class Draft(struct.PyTreeNode):
 
 
 def _cut_head(kernel_DU, blocks, x):
-    return matmul(x, kernel_DU, blocks).astype(jnp.float32)
+    return matmul(x, kernel_DU, blocks, jnp.float32)
 
 
 def _take(x, index_BW):

@@ -65,9 +65,9 @@ def propose(target, draft: Draft | None, head, plan: Plan, state: DecodeState):
 
 
 def keep_scratch(cache: PagedCache, proposal: Proposal, verdict: Verdict, done_B) -> PagedCache:
-    """The paper's cheap sync: accepted tokens keep the draft KV computed from estimated features.
+    """The cheap sync: accepted tokens keep the draft KV computed from estimated features.
 
-    The last accepted node is left to the sync pass: as a leaf it may never have been expanded.
+    Unlike in the paper the last accepted node is left to the sync pass: a leaf was never expanded.
     """
     if proposal.scratch is None:
         return cache
@@ -198,7 +198,8 @@ def generate(
       stop_token_ids: None: the model's own; an empty list: none.
       drafting: "greedy" proposes the draft's favourites, "sampled" draws from its law.
       draft_sync: "all" recomputes the draft's KV of every accepted token from true features,
-        "last" only those of the last two (the paper's).
+        "last" only those of the last accepted one and of the bonus token. (The paper re-computes
+        the bonus token's alone; but an accepted leaf was never expanded, so it has none to keep.)
 
     Raises:
       ValueError: an empty prompt, one longer than the context, token ids outside the vocabulary,
@@ -247,10 +248,11 @@ def generate_stream(
             (state.num_tokens, state.num_accepted, state.finish, state.tokens, state.path_ranks),
         )
         new = [tokens[b, seen[b] : num_tokens[b]].tolist() for b in range(count)]
+        kept = [min(int(accepted[b]), len(new[b])) for b in range(count)]
         yield RoundEvent(
             new_tokens=new,
-            num_accepted=[min(int(accepted[b]), len(new[b])) for b in range(count)],
-            ranks=[ranks[b, 1 : accepted[b] + 1].tolist() for b in range(count)],
+            num_accepted=kept,
+            ranks=[ranks[b, 1 : kept[b] + 1].tolist() for b in range(count)],
             finish_reasons=[FINISH_REASONS[code] for code in finish[:count]],
         )
         if finish[:count].all():

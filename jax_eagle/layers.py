@@ -1,7 +1,7 @@
 """The small Linen layers: linear maps, RMS norm, embedding, SwiGLU, rotary embedding.
 
-Each parameter declares its shape, logical axes and initialiser once; `sharding.py` maps the logical
-axes to a mesh. Kernels are stored [in..., out...], so a matrix product needs no transposition.
+Each parameter declares its shape, logical axes and initialiser once. Kernels are stored
+[in..., out...], so a matrix product needs no transposition.
 """
 
 import math
@@ -29,13 +29,14 @@ class Linear(nn.Module):
     out_shape: tuple[int, ...]
     axes: tuple[str, ...]
     use_bias: bool = False
-    init_scale: float = 1.0
+    out_dtype: Any = None
+    """Of the result; None: that of x."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         fan_in_axes = tuple(range(len(self.in_shape)))
         init = nn.initializers.variance_scaling(
-            self.init_scale, "fan_in", "normal", in_axis=fan_in_axes,
+            1.0, "fan_in", "normal", in_axis=fan_in_axes,
             out_axis=tuple(range(len(self.in_shape), len(self.axes))),
         )  # fmt: skip
         kernel = self.param(
@@ -44,10 +45,13 @@ class Linear(nn.Module):
             self.in_shape + self.out_shape,
             x.dtype,
         )
-        kernel_DE = jnp.reshape(kernel, (math.prod(self.in_shape), math.prod(self.out_shape)))
+        kernel_DF = jnp.reshape(kernel, (math.prod(self.in_shape), math.prod(self.out_shape)))
         batch_shape = x.shape[: x.ndim - len(self.in_shape)]
         y = matmul(
-            jnp.reshape(x, (*batch_shape, -1)), kernel_DE, module_blocks(self, kernel_DE)
+            jnp.reshape(x, (*batch_shape, -1)),
+            kernel_DF,
+            module_blocks(self, kernel_DF),
+            self.out_dtype,
         ).reshape(batch_shape + self.out_shape)
         if self.use_bias:
             bias_init = partitioned(nn.initializers.zeros_init(), self.axes[len(self.in_shape) :])
@@ -86,8 +90,9 @@ class Embed(nn.Module):
         return jnp.take(self.embedding, tokens, axis=0)
 
     def attend(self, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
-        kernel_DE = self.embedding.T
-        return matmul(x, kernel_DE, module_blocks(self, kernel_DE))
+        """Logits in float32."""
+        kernel_DF = self.embedding.T
+        return matmul(x, kernel_DF, module_blocks(self, kernel_DF), jnp.float32)
 
 
 class SwiGLU(nn.Module):

@@ -54,7 +54,9 @@ class Llama(nn.Module):
         self.layers = [DecoderLayer(c, i) for i in range(c.num_layers)]
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         if not c.tie_embeddings:
-            self.lm_head = Linear((c.hidden_size,), (c.vocab_size,), ("embed", "vocab"))
+            self.lm_head = Linear(
+                (c.hidden_size,), (c.vocab_size,), ("embed", "vocab"), out_dtype=jnp.float32
+            )
 
     def __call__(self, tokens_BM, view: View, taps: tuple[int, ...] = ()):
         x_BMD = self.embed(tokens_BM)
@@ -133,8 +135,8 @@ class Target(struct.PyTreeNode):
         return jnp.take(self.params["lm_head"]["kernel"], tokens_U, axis=1).T
 
     def head(self, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
-        """Logits in float32."""
-        return self._apply(x, method="head").astype(jnp.float32)
+        """Logits in float32, summed in float32: rounded to bfloat16 they would tie."""
+        return self._apply(x, method="head")
 
     def require_tokenizer(self) -> Tokenizer:
         """The tokenizer; ValueError where the checkpoint had none."""

@@ -28,16 +28,30 @@ _MAX_COLUMNS_OF_ONE_ROW = 1024
 
 
 def matmul(
-    x: Float[Array, "... D"], kernel_DE: Float[Array, "D E"], blocks: Float[Array, "X D C"] | None
-) -> Float[Array, "... E"]:
-    """x @ kernel; from the kernel's blocks where there are any and that is faster."""
+    x: Float[Array, "... D"],
+    kernel_DF: Float[Array, "D F"],
+    blocks: Float[Array, "X D J"] | None,
+    dtype: Any = None,
+) -> Float[Array, "... F"]:
+    """x @ kernel; from the kernel's blocks where there are any and that is faster.
+
+    `dtype` is that of the result, and of the sums: None means that of x.
+    """
     num_rows = x.size // x.shape[-1]
-    if blocks is None or not _pays(num_rows, kernel_DE.shape[1]):
-        return x @ kernel_DE
+    if blocks is None or not _pays(num_rows, kernel_DF.shape[1]):
+        return jnp.matmul(x, kernel_DF, preferred_element_type=dtype)
     rows_1RD = jnp.reshape(x, (1, num_rows, -1))
     rows_XRD = jnp.broadcast_to(rows_1RD, (blocks.shape[0], *rows_1RD.shape[1:]))
-    y_XRC = jax.lax.dot_general(rows_XRD, blocks, (((2,), (1,)), ((0,), (0,))))
-    return jnp.reshape(jnp.swapaxes(y_XRC, 0, 1), (*x.shape[:-1], -1))
+    y_XRJ = jax.lax.dot_general(
+        rows_XRD, blocks, (((2,), (1,)), ((0,), (0,))), preferred_element_type=dtype
+    )
+    return jnp.reshape(jnp.swapaxes(y_XRJ, 0, 1), (*x.shape[:-1], -1))
+
+
+def unpack_params(params: Any) -> Any:
+    """`params` without blocks: what is saved, and what a round has to read."""
+    flat = traverse_util.flatten_dict(params)
+    return traverse_util.unflatten_dict({k: v for k, v in flat.items() if BLOCKS not in k})
 
 
 def _pays(num_rows: int, num_columns: int) -> bool:
@@ -46,18 +60,18 @@ def _pays(num_rows: int, num_columns: int) -> bool:
     return num_rows <= _MAX_ROWS
 
 
-def column_blocks(kernel_DE: Float[Array, "D E"]) -> Float[Array, "X D C"] | None:
+def column_blocks(kernel_DF: Float[Array, "D F"]) -> Float[Array, "X D J"] | None:
     """The kernel in blocks of 64 columns; None where they do not fill whole blocks."""
-    D, E = kernel_DE.shape
-    if E % _COLUMNS:
+    D, F = kernel_DF.shape
+    if F % _COLUMNS:
         return None
-    return jnp.swapaxes(jnp.reshape(kernel_DE, (D, E // _COLUMNS, _COLUMNS)), 0, 1)
+    return jnp.swapaxes(jnp.reshape(kernel_DF, (D, F // _COLUMNS, _COLUMNS)), 0, 1)
 
 
-def module_blocks(module: nn.Module, kernel_DE: Float[Array, "D E"]) -> jax.Array | None:
+def module_blocks(module: nn.Module, kernel_DF: Float[Array, "D F"]) -> jax.Array | None:
     """The blocks that lie beside a module's kernel. During `pack_params` they are made."""
     if module.is_mutable_collection(_PACKED):
-        blocks = column_blocks(kernel_DE)
+        blocks = column_blocks(kernel_DF)
         if blocks is not None:
             module.put_variable(_PACKED, BLOCKS, blocks)
     if module.has_variable("params", BLOCKS):

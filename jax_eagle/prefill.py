@@ -119,6 +119,7 @@ def start(
     ids = _check_prompts(target, prompts)
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
+    max_new_tokens = min(max_new_tokens, target.config.max_position)
     params = [sampling] * len(ids) if isinstance(sampling, SamplingParams) else list(sampling)
     if len(params) != len(ids):
         raise ValueError(f"{len(params)} sampling parameters for {len(ids)} prompts")
@@ -153,6 +154,8 @@ def start(
 
 
 def _check_prompts(target: Target, prompts) -> list[list[int]]:
+    if isinstance(prompts, str):
+        raise ValueError("prompts is one text, expected a list of texts or of token ids")
     if not len(prompts):
         raise ValueError("no prompts given")
     context, vocab = target.config.max_position, target.config.vocab_size

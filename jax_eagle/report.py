@@ -1,15 +1,11 @@
 """`jax-eagle bench`: prompts in, a table or JSON out. The measuring is in `bench`."""
 
 import dataclasses
-import datetime
 import json
-import os
-import platform
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 from rich.console import Console
 
 from . import terminal
@@ -25,6 +21,7 @@ from .bench import (
 )
 from .draft import Draft
 from .llama import Target
+from .machine import describe_machine
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,14 +70,7 @@ def bench(
 def as_data(runs: list[Run], limit: Floor, options: BenchOptions) -> dict[str, Any]:
     """Everything measured, with machine and date, for json.dumps."""
     return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "machine": {
-            "device": jax.devices()[0].device_kind,
-            "cores": os.cpu_count(),
-            "system": platform.platform(),
-            "python": platform.python_version(),
-            "jax": jax.__version__,
-        },
+        "machine": describe_machine(),
         "options": dataclasses.asdict(options),
         "summaries": [dataclasses.asdict(row) for row in summarise(runs)],
         "floor": dataclasses.asdict(limit) | {"share": limit.share},

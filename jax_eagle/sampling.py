@@ -141,10 +141,11 @@ def processed_scores(
     """Logits of the processed law: softmax of the result is what tokens are drawn from.
 
     At temperature 0 the law is a point mass on the (first) argmax. Tokens outside the law are
-    -inf; a row without any token, or with NaN, comes back all -inf (see `is_defined`).
+    -inf; a row without any token, or with NaN or +inf, comes back all -inf (see `is_defined`).
     """
     logits_BMV = restrict(logits_BMV, allowed_bits)
-    broken_BM1 = jnp.any(jnp.isnan(logits_BMV), axis=-1, keepdims=True)
+    broken_BMV = jnp.isnan(logits_BMV) | (logits_BMV == jnp.inf)
+    broken_BM1 = jnp.any(broken_BMV, axis=-1, keepdims=True)
     greedy_B11 = (sampling.temperature == 0)[:, None, None]
     # Scores count from the best one: a tiny temperature makes the others -inf, not all of them inf.
     top_BM1 = jnp.max(logits_BMV, axis=-1, keepdims=True)
@@ -237,7 +238,7 @@ def draw(
 
 
 def _best(scores_BMV) -> Int[Array, "B M"]:
-    """Argmax; -1 where the best score is NaN (which argmax prefers) or -inf."""
+    """Argmax; -1 where the best score is NaN (which argmax prefers) or infinite."""
     token_BM = jnp.argmax(scores_BMV, axis=-1).astype(jnp.int32)
     top_BM = jnp.take_along_axis(scores_BMV, token_BM[..., None], axis=-1)[..., 0]
-    return jnp.where(top_BM > -jnp.inf, token_BM, -1)
+    return jnp.where(jnp.isfinite(top_BM), token_BM, -1)

@@ -22,7 +22,7 @@ class Plan:
     shape: TreeShape
     sampled_drafting: bool = False
     sync_all: bool = True
-    """Re-synchronise the draft with all accepted tokens, or with the last ones only (the paper)."""
+    """Re-synchronise the draft with all accepted tokens, or with the last and the bonus only."""
 
     @property
     def path_length(self) -> int:

@@ -80,9 +80,9 @@ class Tokenizer:
         )
         return cls(backend)
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of plain text, with the special tokens the model expects around it (BOS)."""
-        return self._backend(text, verbose=False)["input_ids"]
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """Token ids of plain text; `special`: with what the model expects around it (BOS)."""
+        return self._backend(text, add_special_tokens=special, verbose=False)["input_ids"]
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """The text of token ids."""
@@ -119,11 +119,6 @@ class Tokenizer:
     def bos_token_id(self) -> int | None:
         """Id of the token at the beginning of a text, if there is one."""
         return self._backend.bos_token_id
-
-    @property
-    def eos_token_id(self) -> int | None:
-        """Id of the token that ends a text, if there is one."""
-        return self._backend.eos_token_id
 
     @property
     def special_ids(self) -> tuple[int, ...]:

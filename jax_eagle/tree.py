@@ -236,6 +236,18 @@ def _paths(text: str) -> StaticTree:
     return StaticTree(tuple(tuple(map(int, node.split(","))) for node in text.split()))
 
 
+_MAX_DEPTH, _MAX_NODES = 64, 4096
+"""Deeper or larger trees are refused: nobody gains from them, and they take minutes to compile."""
+
+
+def _check_size(depth: int, nodes: int) -> None:
+    if depth > _MAX_DEPTH or nodes > _MAX_NODES:
+        raise ValueError(
+            f"depth {depth} with {nodes} nodes is too large, expected a depth of {_MAX_DEPTH} and "
+            f"{_MAX_NODES} nodes at most"
+        )
+
+
 AUTO_TREES = {
     "cpu": ((1, "static:4"), (4, "chain:2"), (None, "chain:1")),
     "gpu": ((4, "static:eagle-26"), (16, "static:8"), (None, "chain:3")),
@@ -263,13 +275,18 @@ def parse_tree(text: str, *, batch: int = 1, platform: str = "cpu") -> TreeShape
     kind, _, rest = text.partition(":")
     try:
         if kind == "chain" and rest.isdigit():
+            _check_size(int(rest), int(rest) + 1)
             return StaticTree(tuple((0,) * d for d in range(1, int(rest) + 1)))
         if kind == "static" and rest in STATIC_TREES:
             return _paths(STATIC_TREES[rest])
         if kind == "paths":
-            return StaticTree(tuple(map(tuple, ast.literal_eval(rest))))
+            paths = tuple(map(tuple, ast.literal_eval(rest)))
+            _check_size(max(map(len, paths), default=0), len(paths) + 1)
+            return StaticTree(paths)
         if kind == "dynamic" and (m := re.fullmatch(r"depth=(\d+),width=(\d+),nodes=(\d+)", rest)):
-            return DynamicTree(*map(int, m.groups()))
+            tree = DynamicTree(*map(int, m.groups()))
+            _check_size(tree.depth, tree.pool_size)
+            return tree
     except (SyntaxError, TypeError, ValueError) as error:
         raise ValueError(f"tree {text!r}: {error}") from None
     raise ValueError(

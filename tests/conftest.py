@@ -81,10 +81,12 @@ def make_target():
 
 @pytest.fixture(scope="session")
 def make_draft():
-    """make_draft(seed, vocab) -> a random one-layer Draft; `vocab`: the target tokens it knows."""
+    """make_draft(seed, vocab, layers) -> a random Draft; `vocab`: the target tokens it knows."""
 
-    def make(seed: int = 7, vocab: tuple[int, ...] | None = None) -> Draft:
-        config = DraftConfig.for_target(TOY, draft_vocab_size=vocab and len(vocab))
+    def make(seed: int = 7, vocab: tuple[int, ...] | None = None, layers: int = 1) -> Draft:
+        config = DraftConfig.for_target(
+            TOY, num_layers=layers, draft_vocab_size=vocab and len(vocab)
+        )
         ids = None if vocab is None else jnp.asarray(vocab, jnp.int32)
         return Draft(random_params(init_draft_params, config, seed), ids, config)
 

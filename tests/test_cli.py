@@ -30,6 +30,7 @@ CONFIG = LlamaConfig(
 )  # fmt: skip
 TEMPLATE = "{% for m in messages %}{{ '<user>' + m['content'] + '<end>' }}{% endfor %}"
 WEIGHTS = "model.safetensors"
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -76,13 +77,14 @@ def run(models_folder, capsys, monkeypatch):
 
 
 def process(*command, cwd):
-    root = str(Path(__file__).parent.parent)
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
+    env = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    }
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
 
 
-def assert_one_line(text, expected):
-    assert text.startswith("jax-eagle: error: ")
+def assert_one_line(text, expected, program="jax-eagle"):
+    assert text.startswith(f"{program}: error: ")
     assert text.count("\n") == 1 and text.endswith("\n"), text
     assert expected in text
     assert "Traceback" not in text
@@ -130,7 +132,7 @@ def test_inspect_target_and_draft(run):
     assert code == 0
     size = sum(np.prod(x.shape) for x in jax.tree.leaves(load_target("target").params))
     assert f"{size:,} (" in text
-    assert "64 bytes a token" in text.replace("64 bytes a token, 4,096 a page", "64 bytes a token")
+    assert "  64 bytes a token, 4,096 a page" in text
     assert "embed/embedding                      float32 [260, 16]" in text
     code, text, _ = run("inspect", "draft", "--target", "target")
     assert code == 0 and "fits (hidden size 16, vocabulary 260)" in text
@@ -285,6 +287,25 @@ def test_damaged_checkpoints_give_one_line(run, tmp_path, case):
     assert_one_line(err[err.index("jax-eagle") :], expected)
 
 
+PROGRAMS = {
+    "config": (["train.train", "--config", "none.yaml"], "none.yaml"),
+    "option": (["train.train", "--depth", "3"], "--config"),
+    "run": (
+        ["train.export", "--checkpoint", "none", "--out", "x"],
+        "none: not the folder of a run",
+    ),
+    "model": (["train.dialogues", "--model", "none"], "none: no such file or folder"),
+    "benchmark": (["benchmarks.acceptance", "--model", "none"], "none: no such file or folder"),
+}
+
+
+@pytest.mark.parametrize("arguments, message", PROGRAMS.values(), ids=PROGRAMS)
+def test_bad_input_of_other_programs_gives_one_line(arguments, message):
+    done = process(sys.executable, "-m", *arguments, cwd=ROOT)
+    assert done.returncode == 2 and done.stdout == ""
+    assert_one_line(done.stderr, message, arguments[0])
+
+
 def test_unexpected_errors_show_their_trace_only_on_request(run, monkeypatch):
     def broken(*_, **__):
         raise RuntimeError("first\nsecond")
@@ -292,7 +313,7 @@ def test_unexpected_errors_show_their_trace_only_on_request(run, monkeypatch):
     monkeypatch.setattr(cli, "describe", broken)
     code, _, err = run("inspect", "target")
     assert code == 1
-    assert_one_line(err, "first second (RuntimeError; --debug shows where)")
+    assert_one_line(err, "first second (RuntimeError; JAX_EAGLE_DEBUG=1 shows where)")
     with pytest.raises(RuntimeError, match="first"):
         cli.main(["--debug", "inspect", "target"])
     monkeypatch.setenv("JAX_EAGLE_DEBUG", "1")

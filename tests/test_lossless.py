@@ -29,6 +29,8 @@ class Case:
     drafting: str = "greedy"
     draft_sync: str = "all"
     vocab: tuple[int, ...] | None = None
+    layers: int = 1
+    """Of the draft."""
 
     @property
     def options(self) -> dict:
@@ -46,6 +48,10 @@ CASES = {
     "static-sampled-all": Case(STATIC, "sampled", vocab=FEW_TOKENS),
     "dynamic-greedy-all": Case(DYNAMIC["greedy"]),
     "dynamic-sampled-last": Case(DYNAMIC["sampled"], "sampled", "last"),
+    # Bonus tokens behind a leaf, and behind a path accepted whole, are among the tokens counted.
+    "short-sampled-all": Case("paths:[[0],[1],[0,0]]", "sampled"),
+    "one-sampled-last": Case("chain:1", "sampled", "last"),
+    "deep-draft-last": Case(STATIC, "greedy", "last", layers=2),
 }
 """Every pair of tree, drafting and sync; the other combinations run with `pytest -m slow`."""
 MORE_CASES = {
@@ -109,16 +115,16 @@ def assert_equal_text(target, prompts, expected, actual, sampling=None):
 # ---- the same text -----------------------------------------------------------------------------
 
 
-def broken_draft(make_draft, kind: str, vocab) -> Draft:
+def broken_draft(make_draft, kind: str, case: Case) -> Draft:
     """Drafts whose proposals are worth nothing, or not even numbers."""
-    draft = make_draft(7, vocab)
+    draft = make_draft(7, case.vocab, case.layers)
     change = {"nan": lambda x: x * jnp.nan, "zero": jnp.zeros_like, "huge": lambda x: x * 1e30}
     return draft.replace(params=jax.tree.map(change[kind], draft.params))
 
 
 @all_cases
 def test_greedy_text_is_that_of_plain_decoding(target, make_draft, prompts, plain, case):
-    result = run(target, make_draft(7, case.vocab), prompts, **case.options)
+    result = run(target, make_draft(7, case.vocab, case.layers), prompts, **case.options)
     assert_equal_text(target, prompts, plain["greedy"].tokens, result.tokens)
     assert result.finish_reasons == ["length"] * B
     assert result.acceptance_length > 1.1  # it would prove little if nothing was ever accepted
@@ -128,14 +134,16 @@ def test_greedy_text_is_that_of_plain_decoding(target, make_draft, prompts, plai
 @all_cases
 @pytest.mark.parametrize("kind", ["nan", "zero", "huge"])
 def test_broken_drafts_change_nothing(target, make_draft, prompts, plain, case, kind):
-    result = run(target, broken_draft(make_draft, kind, case.vocab), prompts, **case.options)
+    result = run(target, broken_draft(make_draft, kind, case), prompts, **case.options)
     assert_equal_text(target, prompts, plain["greedy"].tokens, result.tokens)
 
 
 @all_cases
 def test_seeded_text_is_that_of_plain_decoding(target, make_draft, prompts, plain, mixed, case):
     """With greedy drafting for every row, with sampled drafting for those at temperature 0."""
-    result = run(target, make_draft(3, case.vocab), prompts, sampling=mixed, **case.options)
+    result = run(
+        target, make_draft(3, case.vocab, case.layers), prompts, sampling=mixed, **case.options
+    )
     rows = [b for b in range(B) if case.drafting == "greedy" or mixed[b].temperature == 0]
     assert_equal_text(
         target,
@@ -151,7 +159,7 @@ def test_sampled_drafting_repeats_and_does_not_depend_on_the_row(
     target, make_draft, prompts, mixed, name
 ):
     case, order = CASES[name], np.random.default_rng(0).permutation(B)
-    draft = make_draft(7, case.vocab)
+    draft = make_draft(7, case.vocab, case.layers)
     first = run(target, draft, prompts, sampling=mixed, **case.options).tokens
     shuffled = run(
         target, draft, [prompts[i] for i in order], sampling=[mixed[i] for i in order],
@@ -208,7 +216,7 @@ LAWS = {
     "top-p": {"temperature": 1.3, "top_p": 0.8},
     "all": {"temperature": 1.1, "top_k": 5, "top_p": 0.95, "min_p": 0.12},
 }
-CALLS = 24
+CALLS = 64
 
 
 @pytest.fixture(scope="module")
@@ -282,7 +290,7 @@ def assert_law(counts, exact_laws):
 
 @all_cases
 def test_law_of_three_tokens(target, make_draft, exact_laws, case):
-    draft = make_draft(7, case.vocab)
+    draft = make_draft(7, case.vocab, case.layers)
     # Confident in its own tokens: many rejections, and mass outside the target's processed law.
     draft = draft.replace(
         params={**draft.params, "norm": {"scale": 2 * draft.params["norm"]["scale"]}}

@@ -149,6 +149,7 @@ BAD_ROWS = {
     "nan": [0.0, np.nan, 1.0, 2.0],
     "all nan": [np.nan] * 4,
     "empty": [-np.inf] * 4,
+    "overflow": [0.0, np.inf, 1.0, 2.0],
 }
 
 

@@ -90,6 +90,8 @@ class TrainConfig:
     max_minutes: float | None = None
     """Stop after so long; the schedule does not know of it."""
     tensorboard: bool = False
+    card: str = ""
+    """A paragraph for the draft's card: sources and licences."""
     seed: int = 0
 
     def __post_init__(self):

@@ -21,6 +21,7 @@ import typer
 from rich.progress import track
 
 from jax_eagle import SamplingParams, Target, generate, load_target
+from jax_eagle.program import run_program
 
 OPENINGS = (
     """
@@ -79,7 +80,8 @@ def questions(target: Target, count: int, rng: random.Random, self_share: float)
     openings = rng.choices(OPENINGS, k=num_self)
     empty = target.require_tokenizer().apply_chat_template([{"role": "user", "content": ""}])
     end = len(empty) - 1 - empty[::-1].index(target.config.stop_token_ids[0])
-    prompts = [empty[:end] + target.require_tokenizer().encode(text) for text in openings]
+    tokenizer = target.require_tokenizer()
+    prompts = [empty[:end] + tokenizer.encode(text, special=False) for text in openings]
     sampling = [
         SamplingParams(temperature=1.0, min_p=0.06, seed=rng.getrandbits(32)) for _ in prompts
     ]
@@ -146,4 +148,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_program(main, "train.dialogues")

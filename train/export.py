@@ -1,14 +1,14 @@
 """`python -m train.export`: the draft of a run's newest checkpoint as a folder for `load_draft`."""
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from jax_eagle import Draft
-from jax_eagle.checkpoint import CheckpointError, eagle, orbax
+from jax_eagle.checkpoint import eagle, orbax
 from jax_eagle.config import ConfigError
+from jax_eagle.program import run_program
 
 from .checkpoint import load_draft
 
@@ -33,13 +33,10 @@ def main(
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
 ) -> None:
     """Exports the newest checkpoint of a run."""
-    try:
-        if dtype not in ("float32", "bfloat16"):
-            raise ConfigError(f"dtype {dtype!r}: expected float32 or bfloat16")
-        export(load_draft(checkpoint, dtype=dtype), out, form)
-    except (ConfigError, CheckpointError) as error:
-        sys.exit(f"error: {error}")
+    if dtype not in ("float32", "bfloat16"):
+        raise ConfigError(f"dtype {dtype!r}: expected float32 or bfloat16")
+    export(load_draft(checkpoint, dtype=dtype), out, form)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_program(main, "train.export")

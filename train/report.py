@@ -1,6 +1,7 @@
 """The card of a trained draft: card.json and README.md beside its weights."""
 
 import dataclasses
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ from jax_eagle.checkpoint.files import write_json
 from .config import TrainConfig
 from .feed import Feed
 from .step import TrainState
+
+_NOT_SETTINGS = ("target", "sources", "output", "run", "features", "start", "card")
 
 
 def write_card(
@@ -35,16 +38,16 @@ def write_card(
         "settings": {
             field.name: getattr(config, field.name)
             for field in dataclasses.fields(config)
-            if field.name not in ("target", "sources", "output", "run", "features", "start")
+            if field.name not in _NOT_SETTINGS
         },
     }
     folder = Path(config.output)
     write_json(folder / "card.json", card)
-    (folder / "README.md").write_text(_text(card), encoding="utf-8")
+    (folder / "README.md").write_text(_text(card, config.card), encoding="utf-8")
     return card
 
 
-def _text(card: dict[str, Any]) -> str:
+def _text(card: dict[str, Any], notes: str) -> str:
     sources = ", ".join(f"{s['kind']} ({s['tokens']:,} tokens)" for s in card["sources"])
     lines = [
         f"# EAGLE draft for {card['target']}",
@@ -63,4 +66,5 @@ def _text(card: dict[str, Any]) -> str:
         f"| {name} | {values['tokens']:,} | {values['top1']:.3f} | {values['kl']:.3f} |"
         for name, values in card["validation"].items()
     ]
+    lines += ["", *textwrap.wrap(notes, 100)] if notes else []
     return "\n".join(lines) + "\n"

@@ -6,7 +6,6 @@ Read `run` first. A run's folder holds its configuration, its data and its check
 
 import dataclasses
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,10 +18,9 @@ import typer
 import yaml
 
 from jax_eagle import Target, load_draft, load_target
-from jax_eagle.checkpoint import CheckpointError
 from jax_eagle.checkpoint.files import read_json, write_json
 from jax_eagle.config import ConfigError, DraftConfig
-from jax_eagle.hub import DownloadError
+from jax_eagle.program import run_program
 
 from . import checkpoint, data, init
 from .config import TrainConfig, load_config
@@ -272,11 +270,8 @@ def main(
     ] = None,
 ) -> None:
     """Trains a draft."""
-    try:
-        run(load_config(config, overrides or ()), resume=resume)
-    except (ConfigError, CheckpointError, DownloadError) as error:
-        sys.exit(f"error: {error}")
+    run(load_config(config, overrides or ()), resume=resume)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_program(main, "train.train")

@@ -17,6 +17,7 @@ import orbax.checkpoint as ocp
 from ..config import DraftConfig
 from ..draft import Draft
 from ..llama import Target
+from ..packing import unpack_params
 from .files import read_json, write_json
 from .hf import read_config, read_tokenizer
 from .mapping import (
@@ -43,12 +44,12 @@ def save_target(target: Target, folder: str | os.PathLike) -> None:
     Path(folder).mkdir(parents=True, exist_ok=True)
     if target.tokenizer is not None:
         target.tokenizer.save(folder)
-    _save(folder, {"params": target.params}, target.config.to_hf())
+    _save(folder, {"params": unpack_params(target.params)}, target.config.to_hf())
 
 
 def save_draft(draft: Draft, folder: str | os.PathLike) -> None:
     """Writes a draft."""
-    arrays = {"params": draft.params}
+    arrays = {"params": unpack_params(draft.params)}
     if draft.draft_to_target is not None:
         arrays["draft_to_target"] = draft.draft_to_target
     _save(folder, arrays, draft.config.to_dict())
