@@ -134,7 +134,7 @@ def timed_run(
     shape = "auto" if tree == PLAIN else tree
     begin = time.perf_counter()
     plan, state = start(
-        target, draft, prompts, max_new_tokens, sampling, shape, None, "greedy", "all"
+        target, draft, prompts, max_new_tokens=max_new_tokens, sampling=sampling, tree=shape
     )
     model = target.replace(tokenizer=None)
     head = draft.bind_head(model) if draft is not None else None

@@ -206,8 +206,9 @@ def generate(
         an unknown tree, or options that do not go together.
     """
     plan, state = start(
-        target, draft, prompts, max_new_tokens, sampling, tree, stop_token_ids, drafting, draft_sync
-    )
+        target, draft, prompts, max_new_tokens=max_new_tokens, sampling=sampling, tree=tree,
+        stop_token_ids=stop_token_ids, drafting=drafting, draft_sync=draft_sync,
+    )  # fmt: skip
     head = draft.bind_head(target) if draft is not None else None
     state = decode(target.replace(tokenizer=None), draft, head, plan, state, np.int32(2**30))
     count = len(prompts)
@@ -237,8 +238,9 @@ def generate_stream(
 ) -> Iterator[RoundEvent]:
     """`generate`, round by round: the same programs and tokens, with the host looking on."""
     plan, state = start(
-        target, draft, prompts, max_new_tokens, sampling, tree, stop_token_ids, drafting, draft_sync
-    )
+        target, draft, prompts, max_new_tokens=max_new_tokens, sampling=sampling, tree=tree,
+        stop_token_ids=stop_token_ids, drafting=drafting, draft_sync=draft_sync,
+    )  # fmt: skip
     target = target.replace(tokenizer=None)
     head = draft.bind_head(target) if draft is not None else None
     count, seen = len(prompts), np.zeros(len(prompts), int)

@@ -107,15 +107,19 @@ def _first_token(target, lengths, caches, last, sampling, stop_ids_BE, max_token
 def start(
     target: Target,
     draft: Draft | None,
-    prompts,
+    prompts: Sequence[str] | Sequence[Sequence[int]],
+    *,
     max_new_tokens: int,
-    sampling,
-    tree: str,
-    stop_token_ids,
-    drafting: str,
-    draft_sync: str,
+    sampling: SamplingParams | Sequence[SamplingParams] = SamplingParams(),
+    tree: str = "auto",
+    stop_token_ids: Sequence[int] | None = None,
+    drafting: str = "greedy",
+    draft_sync: str = "all",
 ) -> tuple[Plan, DecodeState]:
-    """Checks the request, reserves pages, prefills the prompts and draws their first tokens."""
+    """Checks the request, reserves pages, prefills the prompts and draws their first tokens.
+
+    Arguments and errors are those of `generate`.
+    """
     ids = _check_prompts(target, prompts)
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}, expected at least 1")

@@ -72,9 +72,12 @@ def target(make_target):
     return make_target()
 
 
-def state_of(target, draft, prompts, tree, sync="all", temperature=0.0):
+def state_of(target, draft, prompts, tree, temperature=0.0, **options):
     sampling = SamplingParams(temperature=temperature, seed=3)
-    return start(target, draft, prompts, TOKENS, sampling, tree, [], "greedy", sync)
+    return start(
+        target, draft, prompts, max_new_tokens=TOKENS, sampling=sampling, tree=tree,
+        stop_token_ids=[], **options,
+    )  # fmt: skip
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -111,18 +114,24 @@ def run_rounds(target, draft, plan, state, *, poison: bool):
 
 
 @pytest.mark.usefixtures("small_pages")
-@pytest.mark.parametrize("sync", ["all", "last"])
-@pytest.mark.parametrize("tree", TREES)
+@pytest.mark.parametrize(
+    "tree, drafting, sync",
+    [(TREES[0], "greedy", "all"), (TREES[1], "greedy", "last"), (TREES[2], "greedy", "all"),
+     ("dynamic:depth=3,width=2,nodes=11", "sampled", "last")],
+)  # fmt: skip
 @given(seed=st.integers(0, 2**16), temperature=st.sampled_from([0.0, 1.0]))
 @examples
 def test_poison_in_unread_slots_changes_nothing(
-    target, make_draft, ragged_prompts, tree, sync, seed, temperature
+    target, make_draft, ragged_prompts, tree, drafting, sync, seed, temperature
 ):
-    """Random drafts, so random accept and reject patterns; poisoned before every round."""
+    """Random drafts, so random accept and reject patterns, and random trees where they are
+    dynamic; poisoned before every round."""
     prompts, draft = ragged_prompts(4, seed), make_draft(seed)
     results = []
     for poison in (False, True):
-        plan, state = state_of(target, draft, prompts, tree, sync, temperature)
+        plan, state = state_of(
+            target, draft, prompts, tree, temperature, drafting=drafting, draft_sync=sync
+        )
         state = run_rounds(target, draft, plan, state, poison=poison)
         results.append((tokens_of(state), np.asarray(state.rounds).tolist()))
     assert results[0] == results[1]
@@ -142,9 +151,7 @@ def test_pages_after_rounds_are_those_of_plain_decoding(
     state = run_rounds(target, draft, plan, state, poison=False)
     length_B, draft_length_B = map(np.asarray, (state.cache.length, state.draft_cache.length))
     texts = [prompt + new for prompt, new in zip(prompts, tokens_of(state), strict=True)]
-    plain_plan, plain = start(
-        target, None, prompts, TOKENS, SamplingParams(), "auto", [], "greedy", "all"
-    )
+    plain_plan, plain = start(target, None, prompts, max_new_tokens=TOKENS, stop_token_ids=[])
     plain = decode(target, None, None, plain_plan, plain, np.int32(2**30))
     assert [p + t for p, t in zip(prompts, tokens_of(plain), strict=True)] == texts
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_eagle import Draft, SamplingParams, Target
+from jax_eagle import Draft, Target
 from jax_eagle.config import DraftConfig, LlamaConfig
 from jax_eagle.draft import init_draft_params
 from jax_eagle.generate import decode
@@ -26,17 +26,8 @@ def compiled(tree: str | None, sync: str, new_tokens: int, *, donate: bool = Tru
         draft_config = DraftConfig.for_target(CONFIG, draft_vocab_size=16)
         params = init_draft_params(draft_config, jax.random.key(1))
         draft = Draft(params, jnp.arange(16, dtype=jnp.int32) * 2, draft_config)
-    plan, state = start(
-        target,
-        draft,
-        [[1, 2]] * 3,
-        new_tokens,
-        SamplingParams(),
-        tree or "auto",
-        [],
-        "greedy",
-        sync,
-    )
+    options = {"tree": tree or "auto", "stop_token_ids": [], "draft_sync": sync}
+    plan, state = start(target, draft, [[1, 2]] * 3, max_new_tokens=new_tokens, **options)
     pools = [state.cache.k_pages, state.cache.v_pages]
     if state.draft_cache is not None:
         pools += [state.draft_cache.k_pages, state.draft_cache.v_pages]

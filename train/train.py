@@ -143,7 +143,7 @@ def _first_state(work: Run) -> TrainState:
         draft = load_draft(config.start, work.target, dtype="float32")
         draft_config, ids = draft.config, draft.draft_to_target
         if config.draft_vocab_size is not None:  # the head is the target's: any cut of it will do
-            ids = _draft_vocabulary(work)
+            ids = _draft_vocabulary(work, config.draft_vocab_size)
             draft_config = dataclasses.replace(draft_config, draft_vocab_size=len(ids))
         params = init.scaled_params(draft.params, init.input_scale(work.target))
     draft_config = _for_dtype(draft_config, work.target)
@@ -191,12 +191,12 @@ def _new_draft(work: Run) -> tuple[DraftConfig, jax.Array | None]:
         output_norm=config.output_norm,
         draft_vocab_size=U,
     )
-    return draft_config, None if U is None else _draft_vocabulary(work)
+    return draft_config, None if U is None else _draft_vocabulary(work, U)
 
 
-def _draft_vocabulary(work: Run) -> jax.Array:
-    """The tokens that the data asks for most often."""
-    U, target = work.config.draft_vocab_size, work.target.config
+def _draft_vocabulary(work: Run, U: int) -> jax.Array:
+    """The U tokens that the data asks for most often."""
+    target = work.target.config
     if U > target.vocab_size:
         raise ConfigError(f"draft_vocab_size {U}: the target has {target.vocab_size} tokens")
     return jnp.asarray(data.draft_vocabulary(work.counts, U, target.stop_token_ids))
