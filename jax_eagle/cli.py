@@ -42,7 +42,7 @@ forward. A bigger tree gains more tokens a round and costs more to check.
 All trees give the same text.
   auto                     chosen by batch size (the default)
   chain:3                  three tokens in a row
-  static:8                 a fixed tree; also 4, 16, eagle-26, medusa-64
+  static:8                 a fixed tree; also 3, 4, 16, eagle-26, medusa-64
                            (number of nodes, the root included)
   paths:\[[0],[0,0],[1]]    your own: child ranks from the root, 0 is the
                            draft's favourite

@@ -222,14 +222,15 @@ _MEDUSA_64 = """
 """
 
 STATIC_TREES = {
+    "3": "0  1",
     "4": "0  1  0,0",
     "8": "0  1  2  3  0,0  0,1  1,0",
     "16": "0  1  2  3  4  5  6  0,0  0,1  0,2  1,0  1,1  2,0  3,0  0,0,0",
     "eagle-26": _EAGLE_26,  # EAGLE-1's tree of 25 drafted nodes, `mc_sim_7b_63` in its repository
     "medusa-64": _MEDUSA_64,  # Medusa's 63 drafted nodes, of the same name there
 }
-"""Named static trees; the name is the number of nodes with the root. 4, 8 and 16 were fitted to
-a one-layer draft of SmolLM2, the others are the published ones."""
+"""Named static trees; the name is the number of nodes with the root. Up to 16 they were fitted to a
+one-layer draft of SmolLM2, the others are the published ones."""
 
 
 def _paths(text: str) -> StaticTree:

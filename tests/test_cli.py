@@ -289,7 +289,7 @@ def test_damaged_checkpoints_give_one_line(run, tmp_path, case):
 
 PROGRAMS = {
     "config": (["train.train", "--config", "none.yaml"], "none.yaml"),
-    "option": (["train.train", "--depth", "3"], "--config"),
+    "option": (["train.train", "--depth", "3"], "No such option: --depth"),
     "run": (
         ["train.export", "--checkpoint", "none", "--out", "x"],
         "none: not the folder of a run",
