@@ -250,12 +250,13 @@ def _check_size(depth: int, nodes: int) -> None:
 
 
 AUTO_TREES = {
-    "cpu": ((1, "static:4"), (4, "chain:2"), (None, "chain:1")),
+    "cpu": ((2, "static:3"), (None, "chain:1")),
     "gpu": ((4, "static:eagle-26"), (16, "static:8"), (None, "chain:3")),
 }
 """The tree dispatcher (arXiv 2508.08192, inference): (largest batch, tree), by platform. Verifying
-more nodes is free while weights bound the step, so small batches take bigger trees; a CPU becomes
-compute-bound at a handful of rows."""
+more nodes is free while weights bound the step, so small batches take bigger trees. A CPU becomes
+compute-bound at eight rows: of the trees in benchmarks/results/speed_cpu.json static:3 is the
+fastest for one sequence. The GPU's table is the paper's order of magnitude, not measured yet."""
 
 
 def parse_tree(text: str, *, batch: int = 1, platform: str = "cpu") -> TreeShape:
