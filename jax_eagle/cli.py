@@ -112,7 +112,7 @@ def demo(
     draft: DraftOption = "auto",
     tree: TreesOption = ["auto"],  # noqa: B006 (typer reads it)
     max_new_tokens: TokensOption = 40,
-    repetitions: Annotated[int, typer.Option(min=1, help="Of each measurement.")] = 2,
+    repetitions: Annotated[int, typer.Option(min=1, help="Of each measurement.")] = 1,
 ) -> None:
     """Answer a few prompts by tree speculation, then compare its speed with plain decoding.
 

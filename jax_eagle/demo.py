@@ -54,7 +54,7 @@ def demo(
                 max_new_tokens=max_new_tokens, repetitions=repetitions,
             )
         )  # fmt: skip
-    title = f"{NUM_PROMPTS} prompts, {repetitions} interleaved repetitions, medians"
+    title = f"{NUM_PROMPTS} prompts x {repetitions}, interleaved, medians"
     out.print(terminal.speed_table(bench.summarise(runs), title))
 
 

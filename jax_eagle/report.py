@@ -62,7 +62,7 @@ def bench(
     if as_json:
         print(json.dumps(as_data(runs, limit, options), indent=1))
         return
-    title = f"{len(prompts)} prompts, {options.repetitions} interleaved repetitions, medians"
+    title = f"{len(prompts)} prompts x {options.repetitions}, interleaved, medians"
     Console().print(terminal.speed_table(summarise(runs), title))
     print(terminal.floor_line(limit))
 
