@@ -1,6 +1,6 @@
 """Weights in column blocks: on a CPU, matrix products of few rows at the speed of memory.
 
-XLA's CPU product of 2 to 16 rows rearranges the weights on every call, which costs as much as
+XLA's CPU product of a few rows rearranges the weights on every call, which costs as much as
 reading them: verifying a small tree then takes nearly twice a plain step, and speculation gains
 nothing. Blocks [out / 64, in, 64] are used as they lie. Measured on two EPYC cores in float32,
 kernel 1536 x 576: 16.1 -> 19.6 GB/s for one row, 12.6 -> 22.3 for two, 9.9 -> 19.8 for four,
@@ -12,6 +12,7 @@ of this.
 parameters that are replaced take their blocks with them. A packed model is twice as large.
 """
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -81,11 +82,14 @@ def module_blocks(module: nn.Module, kernel_DF: Float[Array, "D F"]) -> jax.Arra
 
 def pack_params(module: nn.Module, params: Any, *args, method: str | None = None) -> Any:
     """`params` with blocks beside the kernels; `args` are a call that reaches every kernel."""
+    made = _blocks(module, method, params, args)
+    return traverse_util.unflatten_dict(
+        traverse_util.flatten_dict(params) | traverse_util.flatten_dict(made)
+    )
 
-    @jax.jit
-    def blocks_of(params):
-        _, made = module.apply({"params": params}, *args, method=method, mutable=[_PACKED])
-        return made.get(_PACKED, {})
 
-    flat = traverse_util.flatten_dict(params) | traverse_util.flatten_dict(blocks_of(params))
-    return traverse_util.unflatten_dict(flat)
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _blocks(module: nn.Module, method: str | None, params: Any, args: tuple) -> Any:
+    """What the modules put into the collection of packed kernels; the rest is not computed."""
+    _, made = module.apply({"params": params}, *args, method=method, mutable=[_PACKED])
+    return made.get(_PACKED, {})

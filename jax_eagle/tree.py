@@ -229,8 +229,8 @@ STATIC_TREES = {
     "eagle-26": _EAGLE_26,  # EAGLE-1's tree of 25 drafted nodes, `mc_sim_7b_63` in its repository
     "medusa-64": _MEDUSA_64,  # Medusa's 63 drafted nodes, of the same name there
 }
-"""Named static trees; the name is the number of nodes with the root. Up to 16 they were fitted to a
-one-layer draft of SmolLM2, the others are the published ones."""
+"""Named static trees; the name is the number of nodes with the root. 4, 8 and 16 were fitted to
+a one-layer draft of SmolLM2, the last two are the published ones."""
 
 
 def _paths(text: str) -> StaticTree:
@@ -256,7 +256,7 @@ AUTO_TREES = {
 """The tree dispatcher (arXiv 2508.08192, inference): (largest batch, tree), by platform. Verifying
 more nodes is free while weights bound the step, so small batches take bigger trees. A CPU becomes
 compute-bound at eight rows: of the trees in benchmarks/results/speed_cpu.json static:3 is the
-fastest for one sequence. The GPU's table is the paper's order of magnitude, not measured yet."""
+fastest for one sequence. The GPU's table is a guess, not measured yet."""
 
 
 def parse_tree(text: str, *, batch: int = 1, platform: str = "cpu") -> TreeShape:
