@@ -3,8 +3,14 @@
 Also the only module that may name the Triton and Mosaic GPU modules: they move between versions.
 """
 
+import warnings
+
 import jax
 import jax.numpy as jnp
+
+with warnings.catch_warnings():  # deprecated since JAX 0.11, which nothing here can help
+    warnings.simplefilter("ignore", DeprecationWarning)
+    from jax.experimental.pallas import triton as triton
 
 
 def order_after(x: jax.Array, integers: jax.Array) -> jax.Array:

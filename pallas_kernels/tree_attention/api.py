@@ -8,8 +8,9 @@ import jax
 from jaxtyping import Array, Bool, Float, Int
 
 from .reference import tree_attention_reference
+from .triton import tree_attention_triton, unsupported
 
-IMPLEMENTATIONS = {"reference": tree_attention_reference}
+IMPLEMENTATIONS = {"reference": tree_attention_reference, "triton": tree_attention_triton}
 
 
 def tree_attention(
@@ -34,26 +35,30 @@ def tree_attention(
     Pass 1 reads the prefix pages with no mask but length; pass 2 reads the X tree keys under
     `tree_mask_BMX`; the two are merged exactly by log-sum-exp.
 
+    Only the forward: no gradient is defined.
+
     Args:
       q_BMNH: queries, RoPE applied. They belong to the last M of the X tree keys.
       k_tree_BXKH, v_tree_BXKH: keys (RoPE applied) and values of the tree nodes.
-      k_pages_PKCH, v_pages_PKCH: the whole page pool of all layers.
+      k_pages_PKCH, v_pages_PKCH: the whole page pool of all layers, in the dtype of the queries or
+        in float8_e4m3fn.
       page_table_BR: page ids of each sequence, with the layer's offset added.
       length_B: committed tokens of each sequence; what lies behind them is never read.
       tree_mask_BMX: True where the key is an ancestor of the node or the node itself. None:
         causal (a chain, as in prefill).
       first_BM: first prefix position that a node sees; at or past `length_B` it sees none.
-      k_scale, v_scale: dequantisation scales of a quantised cache (not supported yet).
+      k_scale, v_scale: what the pages' keys and values are multiplied by, [K] or a scalar.
       scale: factor of the scores; default 1 / sqrt(H).
-      implementation: "reference", or None for the best one available here.
-      interpret: run a kernel in interpret mode (the reference ignores it).
+      implementation: "reference" (plain jnp), "triton" (GPU kernels), or None: the kernels on a
+        GPU where they fit the shape, the reference elsewhere.
+      interpret: run the kernels in interpret mode (the reference ignores it).
 
     Returns:
-      Outputs of shape [B, M, N, H] in the dtype of the queries.
+      Outputs of shape [B, M, N, H] in the dtype of the queries; zeros for a node that sees no key.
 
     Raises:
-      ValueError: shapes that do not fit together, or an unknown implementation.
-      NotImplementedError: cache scales.
+      ValueError: shapes that do not fit together, an unknown implementation, or a named one that
+        cannot run the shape.
     """
     _check_shapes(
         q_BMNH, k_tree_BXKH, v_tree_BXKH, k_pages_PKCH, v_pages_PKCH, page_table_BR, length_B
@@ -64,15 +69,23 @@ def tree_attention(
             raise ValueError(f"tree_mask has shape {tree_mask_BMX.shape}, expected {expected}")
     if first_BM is not None and first_BM.shape != q_BMNH.shape[:2]:
         raise ValueError(f"first has shape {first_BM.shape}, expected {q_BMNH.shape[:2]}")
-    if k_scale is not None or v_scale is not None:
-        raise NotImplementedError("tree_attention: quantised caches (k_scale, v_scale)")
-    name = implementation or "reference"
-    if name not in IMPLEMENTATIONS:
+    for name, factor in (("k_scale", k_scale), ("v_scale", v_scale)):
+        if factor is not None and factor.shape not in ((), k_tree_BXKH.shape[2:3]):
+            raise ValueError(
+                f"{name} has shape {factor.shape}, expected () or {k_tree_BXKH.shape[2:3]}"
+            )
+    reason = unsupported(q_BMNH, k_pages_PKCH)
+    if implementation is None:
+        on_gpu = jax.default_backend() == "gpu"
+        implementation = "triton" if on_gpu and not reason else "reference"
+    if implementation not in IMPLEMENTATIONS:
         raise ValueError(
-            f"tree_attention has no implementation {name!r}; choose from {sorted(IMPLEMENTATIONS)}"
+            f"tree_attention has no implementation {implementation!r}; "
+            f"choose from {sorted(IMPLEMENTATIONS)}"
         )
-    del interpret
-    return IMPLEMENTATIONS[name](
+    if implementation == "triton" and reason:
+        raise ValueError(f"the triton kernels cannot run this: {reason}; use 'reference'")
+    return IMPLEMENTATIONS[implementation](
         q_BMNH,
         k_tree_BXKH,
         v_tree_BXKH,
@@ -82,7 +95,10 @@ def tree_attention(
         length_B,
         tree_mask_BMX,
         first_BM=first_BM,
+        k_scale=k_scale,
+        v_scale=v_scale,
         scale=q_BMNH.shape[-1] ** -0.5 if scale is None else scale,
+        interpret=interpret,
     )
 
 

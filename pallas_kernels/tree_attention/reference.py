@@ -27,9 +27,13 @@ def tree_attention_reference(
     tree_mask_BMX,
     *,
     first_BM=None,
+    k_scale=None,
+    v_scale=None,
     scale,
+    interpret=False,
 ):
     """Same arguments and result as `tree_attention`, in plain jnp."""
+    del interpret
     M, K = q_BMNH.shape[1], k_tree_BXKH.shape[2]
     G = q_BMNH.shape[2] // K
     dtype = q_BMNH.dtype
@@ -39,21 +43,26 @@ def tree_attention_reference(
         X = k_tree_BXKH.shape[1]
         tree_mask_BMX = (jnp.arange(X)[None, :] <= jnp.arange(M)[:, None] + X - M)[None]
     mask_BQX = jnp.repeat(tree_mask_BMX, G, axis=1)
+    used_BX = jnp.any(tree_mask_BMX, axis=1)
     tree = _softmax_pass(
         q_BKQH,
         rearrange(k_tree_BXKH, "b x k h -> b k x h"),
-        rearrange(v_tree_BXKH, "b x k h -> b k x h"),
+        _clear(rearrange(v_tree_BXKH, "b x k h -> b k x h"), used_BX),
         mask_BQX,
     )
     prefix = _prefix_passes(
-        q_BKQH, k_pages_PKCH, v_pages_PKCH, page_table_BR, length_B, first_BM, group=G
-    )
+        q_BKQH, k_pages_PKCH, v_pages_PKCH, page_table_BR, length_B, first_BM,
+        scales=(k_scale, v_scale), group=G,
+    )  # fmt: skip
     out_BKQH, total_BKQ1, _ = functools.reduce(_merge, prefix, tree)
-    out_BKQH = (out_BKQH / total_BKQ1).astype(dtype)
+    nothing_BKQ1 = total_BKQ1 == 0  # a node that sees no key: zeros
+    out_BKQH = (out_BKQH / jnp.where(nothing_BKQ1, 1.0, total_BKQ1)).astype(dtype)
     return rearrange(out_BKQH, "b k (m g) h -> b m (k g) h", m=M)
 
 
-def _prefix_passes(q_BKQH, k_pages_PKCH, v_pages_PKCH, page_table_BR, length_B, first_BM, *, group):
+def _prefix_passes(
+    q_BKQH, k_pages_PKCH, v_pages_PKCH, page_table_BR, length_B, first_BM, *, scales, group
+):
     """Pass 1: all nodes against the committed pages; the only mask is the length (and `first`).
 
     A few blocks of pages, each a pass of its own: blocks stay in the CPU's cache. They are unrolled
@@ -68,17 +77,30 @@ def _prefix_passes(q_BKQH, k_pages_PKCH, v_pages_PKCH, page_table_BR, length_B, 
         pages_BR = page_table_BR[:, begin : begin + step]
         # Indexing the head as well makes the gather produce [B, K, R, C, H]: no transposition.
         index = pages_BR[:, None, :], head_1K1
-        k_BKSH = jnp.reshape(k_pages_PKCH[index], (B, K, -1, H))
-        v_BKSH = jnp.reshape(v_pages_PKCH[index], (B, K, -1, H))
+        k_BKSH, v_BKSH = (
+            _dequantise(jnp.reshape(pages[index], (B, K, -1, H)), factor, q_BKQH.dtype)
+            for pages, factor in zip((k_pages_PKCH, v_pages_PKCH), scales, strict=True)
+        )
         position_1S = begin * C + jnp.arange(k_BKSH.shape[2])[None, :]
-        written_BS = position_1S < length_B[:, None]
-        # 0 * NaN is NaN: values behind the length are cleared, not only their weights.
-        v_BKSH = jnp.where(written_BS[:, None, :, None], v_BKSH, jnp.zeros((), v_BKSH.dtype))
-        mask_BQS = written_BS[:, None, :]
+        used_BS = position_1S < length_B[:, None]
+        mask_BQS = used_BS[:, None, :]
         if first_BM is not None:
+            used_BS &= position_1S >= jnp.min(first_BM, axis=1, keepdims=True)
             seen_BMS = position_1S[:, None, :] >= first_BM[:, :, None]
             mask_BQS = mask_BQS & jnp.repeat(seen_BMS, group, axis=1)
-        yield _softmax_pass(q_BKQH, k_BKSH, v_BKSH, mask_BQS)
+        yield _softmax_pass(q_BKQH, k_BKSH, _clear(v_BKSH, used_BS), mask_BQS)
+
+
+def _clear(v_BKSH, used_BS):
+    """Values that nobody sees as zeros: 0 * NaN is NaN, so masking their weights is not enough."""
+    return jnp.where(used_BS[:, None, :, None], v_BKSH, jnp.zeros((), v_BKSH.dtype))
+
+
+def _dequantise(x_BKSH, factor, dtype):
+    if factor is None:
+        return x_BKSH.astype(dtype)
+    factor_K = jnp.broadcast_to(factor, x_BKSH.shape[1:2])
+    return (x_BKSH.astype(jnp.float32) * factor_K[None, :, None, None]).astype(dtype)
 
 
 def _softmax_pass(q_BKQH, k_BKSH, v_BKSH, mask_BQS):
