@@ -6,7 +6,7 @@
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test check bench clean
+.PHONY: help demo test check aot bench clean
 
 # A name on the PATH may be a stub that fails, or a Python that cannot make environments: try it.
 USABLE := import ensurepip, sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))
@@ -21,6 +21,8 @@ endif
 BIN := $(VENV)/bin
 RUN := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
+# The CUDA plugin in a folder of its own: found by itself it would look for a driver at every start.
+AOT := $(VENV)/aot
 INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
 help: ## list the targets
@@ -37,6 +39,9 @@ check: $(DEV) ## check format, lint, types and import directions
 	@$(BIN)/ruff check .
 	@$(BIN)/pyright --pythonpath $(BIN)/python
 	@$(BIN)/lint-imports --no-logo
+
+aot: $(AOT)/.installed ## compile for a described H100, without a GPU; check registers, memory, collectives
+	@PYTHONPATH=$(AOT) $(BIN)/python -m pytest -m aot tests/test_aot.py $(ARGS)
 
 bench: $(RUN) ## measure speed with and without speculation
 	@$(BIN)/jax-eagle bench $(ARGS)
@@ -64,3 +69,10 @@ $(DEV): pyproject.toml | $(BIN)/pip
 	@echo "Installing jax-eagle and its development tools into $(VENV) (about a minute)"
 	@$(INSTALL) --editable '.[dev]'
 	@touch $(RUN) $@
+
+$(AOT)/.installed: $(DEV)
+	@echo "Installing the CUDA plugin into $(AOT) (half a minute)"
+	@version=$$($(BIN)/python -c 'import jax; print(jax.__version__)'); \
+	$(INSTALL) --no-deps --upgrade --target $(AOT) jax-cuda13-plugin==$$version \
+	jax-cuda13-pjrt==$$version nvidia-cuda-nvcc
+	@touch $@

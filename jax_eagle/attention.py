@@ -1,9 +1,12 @@
 """Grouped-query attention of a decoder layer, over a paged prefix and the nodes of a tree."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.tree_attention import tree_attention
@@ -11,6 +14,7 @@ from pallas_kernels.tree_attention import tree_attention
 from .cache import KV, PagedCache
 from .config import LlamaConfig
 from .layers import Linear, apply_rope
+from .sharding import TENSOR, Backend
 
 
 class View(struct.PyTreeNode):
@@ -32,6 +36,7 @@ class Attention(nn.Module):
 
     config: LlamaConfig
     layer: int
+    backend: Backend = Backend()
 
     @nn.compact
     def __call__(
@@ -71,6 +76,27 @@ class Attention(nn.Module):
             empty = jnp.zeros((1, K, 1, H), k_BMKH.dtype)
             pages = empty, empty, jnp.zeros((B, 0), jnp.int32)
             length_B = jnp.zeros(B, jnp.int32)
-        return tree_attention(
-            q_BMNH, k_tree, v_tree, *pages, length_B, view.mask, first_BM=view.first
+        attend = functools.partial(
+            tree_attention,
+            implementation=self.backend.attention,
+            interpret=self.backend.interpret,
         )
+        if self.backend.mesh is not None:
+            attend = _over_heads(attend, self.backend.mesh)
+        return attend(q_BMNH, k_tree, v_tree, *pages, length_B, view.mask, first_BM=view.first)
+
+
+def _over_heads(attend, mesh):
+    """`attend` on each device of the mesh, for the heads that lie there."""
+    heads, pages = P(None, None, TENSOR, None), P(None, TENSOR, None, None)
+
+    def call(*arrays, first_BM):
+        return jax.shard_map(
+            lambda first_BM, *arrays: attend(*arrays, first_BM=first_BM),
+            mesh=mesh,
+            in_specs=(P(), heads, heads, heads, pages, pages, P(), P(), P()),
+            out_specs=heads,
+            check_vma=False,  # the kernels do not say how their outputs vary
+        )(first_BM, *arrays)
+
+    return call

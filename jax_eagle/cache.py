@@ -9,9 +9,11 @@ its content never matters (tests fill it with NaN).
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from .config import LlamaConfig
+from .sharding import page_sharding
 
 
 class KV(struct.PyTreeNode):
@@ -52,13 +54,19 @@ class PagedCache(struct.PyTreeNode):
 
 
 def init_cache(
-    config: LlamaConfig, page_table_BR: Int[Array, "B R"], *, num_pages: int, page_size: int
+    config: LlamaConfig,
+    page_table_BR: Int[Array, "B R"],
+    *,
+    num_pages: int,
+    page_size: int,
+    mesh: Mesh | None = None,
 ) -> PagedCache:
     """An empty cache for `config` with `num_pages` pages a layer (page 0 is the trash page)."""
     shape = (config.num_layers * num_pages, config.num_kv_heads, page_size, config.head_dim)
+    device = None if mesh is None else page_sharding(mesh)
     return PagedCache(
-        k_pages=jnp.zeros(shape, config.dtype),
-        v_pages=jnp.zeros(shape, config.dtype),
+        k_pages=jnp.zeros(shape, config.dtype, device=device),
+        v_pages=jnp.zeros(shape, config.dtype, device=device),
         page_table=page_table_BR,
         length=jnp.zeros(page_table_BR.shape[0], jnp.int32),
         num_layers=config.num_layers,

@@ -7,6 +7,7 @@ Slot i of the draft's cache holds the pair (token i, feature of token i-1) at Ro
 0 has no feature and is never attended. So draft and target share positions, masks and page table.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.sharding import Mesh
 from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int
 
@@ -27,6 +29,7 @@ from .layers import Linear, RMSNorm, rope_angles
 from .llama import DecoderLayer, Target
 from .packing import column_blocks, matmul, pack_params
 from .sampling import Purpose, Sampling, gumbel, processed_scores
+from .sharding import Backend, check_divides, named_sharding, param_shardings
 from .tree import Tree, TreeShape, ancestor_mask
 from .verify import DraftLaw
 
@@ -35,6 +38,7 @@ class EagleDraft(nn.Module):
     """FC and decoder layers; embedding and head are the target's."""
 
     config: DraftConfig
+    backend: Backend = Backend()
 
     @nn.compact
     def __call__(self, embeds_BMD, features_BMF, view: View):
@@ -42,18 +46,33 @@ class EagleDraft(nn.Module):
         D, F = layer.hidden_size, c.feature_width
         with jax.named_scope("fc"):
             pair = jnp.concatenate([embeds_BMD, features_BMF.astype(embeds_BMD.dtype)], axis=-1)
-            x_BMD = Linear((D + F,), (D,), ("feature", "embed"), c.fc_bias, name="fc")(pair)
+            fc = Linear((D + F,), (D,), ("feature", "embed"), c.fc_bias, name="fc")
+            # Or the cut of FC's input spreads to the features and the target's residual stream.
+            x_BMD = self.backend.replicate(fc(self.backend.replicate(pair)))
         rope = rope_angles(layer, view.position)
         keys, values = [], []
         for i in range(layer.num_layers):
             norm = c.input_norm or i > 0
             with jax.named_scope(f"draft_layer_{i}"):
-                x_BMD, k, v = DecoderLayer(layer, i, norm, name=f"layers_{i}")(x_BMD, rope, view)
+                block = DecoderLayer(layer, i, norm, self.backend, name=f"layers_{i}")
+                x_BMD, k, v = block(x_BMD, rope, view)
             keys.append(k)
             values.append(v)
         if c.output_norm:
             x_BMD = RMSNorm(D, layer.rms_norm_eps, name="norm")(x_BMD)
         return x_BMD, KV(k=jnp.stack(keys), v=jnp.stack(values))
+
+
+class CutHead(struct.PyTreeNode):
+    """The target's head for the tokens of the draft vocabulary alone."""
+
+    kernel: Float[Array, "D U"]
+    blocks: Array | None
+    """See `packing`."""
+    backend: Backend = struct.field(pytree_node=False)
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... U"]:
+        return self.backend.replicate(matmul(x, self.kernel, self.blocks, jnp.float32))
 
 
 class Proposal(struct.PyTreeNode):
@@ -92,15 +111,30 @@ class Draft(struct.PyTreeNode):
         self, target: Target, tokens_BM, features_BMF, view: View
     ) -> tuple[Float[Array, "B M D"], KV]:
         """One pass over pairs (token, feature before it): (estimated features, new KV)."""
-        module: Any = EagleDraft(self.config)
+        module: Any = EagleDraft(self.config, target.backend)
         return module.apply({"params": self.params}, target.embed(tokens_BM), features_BMF, view)
 
     def pack(self) -> "Draft":
         """On a CPU, the draft with its weights in blocks as well; see `Target.pack`."""
-        if jax.default_backend() != "cpu":
+        if jax.default_backend() != "cpu" or len(jax.tree.leaves(self.params)[0].devices()) > 1:
             return self
         params = pack_params(EagleDraft(self.config), self.params, *_smallest_call(self.config))
         return self.replace(params=params)
+
+    def spread(self, mesh: Mesh) -> "Draft":
+        """The draft with its parameters spread over `mesh`, like its target's.
+
+        Raises:
+          ConfigError: heads, FFN or vocabulary do not divide evenly.
+        """
+        layer, own = self.config.layer, self.config.draft_vocab_size
+        check_divides(dataclasses.replace(layer, vocab_size=own or layer.vocab_size), mesh)
+        shardings = param_shardings(abstract_draft_params(self.config), mesh)
+        mapping = self.draft_to_target
+        return self.replace(
+            params=jax.device_put(self.params, shardings),
+            draft_to_target=jax.device_put(mapping, named_sharding(mesh)),
+        )
 
     def bind_head(self, target: Target) -> Callable[[jax.Array], jax.Array]:
         """The target's head cut to the draft vocabulary: x [..., D] -> logits [..., U].
@@ -109,8 +143,9 @@ class Draft(struct.PyTreeNode):
         """
         if self.draft_to_target is None:
             return Partial(Target.head, target)
-        kernel_DU = target.head_rows(self.draft_to_target).T
-        return Partial(_cut_head, kernel_DU, column_blocks(kernel_DU) if target.packed else None)
+        kernel_DU = target.backend.shard(target.head_rows(self.draft_to_target).T, None, "vocab")
+        blocks = column_blocks(kernel_DU) if target.packed else None
+        return CutHead(kernel_DU, blocks, target.backend)
 
     def to_target(self, tokens: Int[Array, "..."]) -> Int[Array, "..."]:
         """Target tokens of draft tokens."""
@@ -189,10 +224,6 @@ class Draft(struct.PyTreeNode):
         if sampling is not None and laws:
             law = DraftLaw(jnp.concatenate(laws, axis=1), expanded_BM, self.draft_to_target)
         return cache, Proposal(tree, tokens_BM, expanded_BM, law, scratch)
-
-
-def _cut_head(kernel_DU, blocks, x):
-    return matmul(x, kernel_DU, blocks, jnp.float32)
 
 
 def _take(x, index_BW):
@@ -292,8 +323,16 @@ class _Pool(struct.PyTreeNode):
 
 def init_draft_params(config: DraftConfig, key: jax.Array) -> Any:
     """Random parameters of a draft, as plain arrays."""
-    variables = EagleDraft(config).init(key, *_smallest_call(config))
-    return nn.unbox(variables)["params"]
+    return nn.unbox(_init(config, key))
+
+
+def abstract_draft_params(config: DraftConfig) -> Any:
+    """Shapes, dtypes and logical axes of the parameters; nothing is allocated."""
+    return jax.eval_shape(lambda: _init(config, jax.random.key(0)))
+
+
+def _init(config: DraftConfig, key: jax.Array) -> Any:
+    return EagleDraft(config).init(key, *_smallest_call(config))["params"]
 
 
 def _smallest_call(config: DraftConfig):

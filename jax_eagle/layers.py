@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from .config import LlamaConfig
 from .packing import matmul, module_blocks
+from .sharding import Backend
 
 
 def partitioned(init: Callable[..., Any], axes: tuple[str, ...]) -> Callable[..., Any]:
@@ -81,13 +82,14 @@ class Embed(nn.Module):
     vocab_size: int
     width: int
     dtype: jnp.dtype
+    backend: Backend = Backend()
 
     def setup(self):
         init = partitioned(nn.initializers.normal(1.0), ("vocab", "embed"))
         self.embedding = self.param("embedding", init, (self.vocab_size, self.width), self.dtype)
 
     def __call__(self, tokens: Int[Array, "..."]) -> Float[Array, "... D"]:
-        return jnp.take(self.embedding, tokens, axis=0)
+        return self.backend.lookup(self.embedding, tokens)
 
     def attend(self, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Logits in float32."""

@@ -4,6 +4,7 @@ All three are a tree of M nodes hung under a committed prefix: a chain, the root
 tree. The forward returns the new keys and values instead of writing them; `cache.commit` does.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct, traverse_util
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from .attention import Attention, View
@@ -18,6 +20,7 @@ from .cache import KV, PagedCache
 from .config import LlamaConfig
 from .layers import Embed, Linear, RMSNorm, SwiGLU, rope_angles
 from .packing import BLOCKS, pack_params
+from .sharding import Backend, check_divides, param_shardings
 from .tokenizer import Tokenizer
 from .tree import Tree, chain_tree
 
@@ -28,6 +31,7 @@ class DecoderLayer(nn.Module):
     config: LlamaConfig
     layer: int
     attention_norm: bool = True
+    backend: Backend = Backend()
 
     @nn.compact
     def __call__(self, x_BMD, rope, view: View):
@@ -36,22 +40,25 @@ class DecoderLayer(nn.Module):
             h_BMD = x_BMD
             if self.attention_norm:
                 h_BMD = RMSNorm(c.hidden_size, c.rms_norm_eps, name="attention_norm")(x_BMD)
-            out_BMD, k, v = Attention(c, self.layer, name="attention")(h_BMD, rope, view)
-            x_BMD = x_BMD + out_BMD
+            out_BMD, k, v = Attention(c, self.layer, self.backend, name="attention")(
+                h_BMD, rope, view
+            )
+            x_BMD = self.backend.replicate(x_BMD + out_BMD)
         with jax.named_scope("mlp"):
             h_BMD = RMSNorm(c.hidden_size, c.rms_norm_eps, name="mlp_norm")(x_BMD)
-            return x_BMD + SwiGLU(c, name="mlp")(h_BMD), k, v
+            return self.backend.replicate(x_BMD + SwiGLU(c, name="mlp")(h_BMD)), k, v
 
 
 class Llama(nn.Module):
     """Embedding, layers, final norm, head (tied or own)."""
 
     config: LlamaConfig
+    backend: Backend = Backend()
 
     def setup(self):
         c = self.config
-        self.embed = Embed(c.vocab_size, c.hidden_size, jnp.dtype(c.dtype))
-        self.layers = [DecoderLayer(c, i) for i in range(c.num_layers)]
+        self.embed = Embed(c.vocab_size, c.hidden_size, jnp.dtype(c.dtype), self.backend)
+        self.layers = [DecoderLayer(c, i, backend=self.backend) for i in range(c.num_layers)]
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         if not c.tie_embeddings:
             self.lm_head = Linear(
@@ -104,6 +111,7 @@ class Target(struct.PyTreeNode):
     params: Any
     config: LlamaConfig = struct.field(pytree_node=False)
     tokenizer: Tokenizer | None = struct.field(pytree_node=False, default=None)
+    backend: Backend = struct.field(pytree_node=False, default=Backend())
 
     def __call__(
         self,
@@ -122,7 +130,8 @@ class Target(struct.PyTreeNode):
         return TargetOutput(*self._apply(tokens_BM, view, taps))
 
     def _apply(self, *args, method: str | None = None) -> Any:
-        return Llama(self.config).apply({"params": self.params}, *args, method=method)
+        module = Llama(self.config, self.backend)
+        return module.apply({"params": self.params}, *args, method=method)
 
     def embed(self, tokens: Int[Array, "..."]) -> Float[Array, "... D"]:
         """Token embeddings, which the draft shares."""
@@ -136,7 +145,7 @@ class Target(struct.PyTreeNode):
 
     def head(self, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Logits in float32, summed in float32: rounded to bfloat16 they would tie."""
-        return self._apply(x, method="head")
+        return self.backend.replicate(self._apply(x, method="head"))
 
     def require_tokenizer(self) -> Tokenizer:
         """The tokenizer; ValueError where the checkpoint had none."""
@@ -152,13 +161,26 @@ class Target(struct.PyTreeNode):
     def pack(self) -> "Target":
         """On a CPU, the target with its weights in blocks as well: faster rounds, twice the memory.
 
-        On other backends the target itself. See `packing`.
+        On other backends, or spread over several devices, the target itself. See `packing`.
         """
-        if jax.default_backend() != "cpu":
+        if jax.default_backend() != "cpu" or self.backend.mesh is not None:
             return self
         call = jnp.zeros((1, 1), jnp.int32), View(position=jnp.zeros((1, 1), jnp.int32))
         return self.replace(
             params=pack_params(Llama(self.config), self.params, *call, method="initialise")
+        )
+
+    def spread(self, mesh: Mesh) -> "Target":
+        """The target with its parameters spread over the devices of `mesh` (see `sharding`).
+
+        Raises:
+          ConfigError: heads, FFN or vocabulary do not divide evenly.
+        """
+        check_divides(self.config, mesh)
+        shardings = param_shardings(abstract_params(self.config), mesh)
+        return self.replace(
+            params=jax.device_put(self.params, shardings),
+            backend=dataclasses.replace(self.backend, mesh=mesh),
         )
 
     def logits(self, tokens_BT: Sequence[Sequence[int]] | jax.Array) -> Float[Array, "B T V"]:
@@ -173,7 +195,15 @@ def _full_logits(target: Target, tokens_BT):
 
 def init_params(config: LlamaConfig, key: jax.Array) -> Any:
     """Random parameters of a Llama, as plain arrays (no partitioning boxes)."""
+    return nn.unbox(_init(config, key))
+
+
+def abstract_params(config: LlamaConfig) -> Any:
+    """Shapes, dtypes and logical axes of the parameters; nothing is allocated."""
+    return jax.eval_shape(lambda: _init(config, jax.random.key(0)))
+
+
+def _init(config: LlamaConfig, key: jax.Array) -> Any:
     view = View(position=jnp.zeros((1, 1), jnp.int32))
     tokens = jnp.zeros((1, 1), jnp.int32)
-    variables = Llama(config).init(key, tokens, view, method="initialise")
-    return nn.unbox(variables)["params"]
+    return Llama(config).init(key, tokens, view, method="initialise")["params"]

@@ -8,6 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
+
+from pallas_kernels.tree_attention import IMPLEMENTATIONS
 
 from . import hub
 from .checkpoint import eagle, gguf, hf, orbax
@@ -15,35 +18,45 @@ from .checkpoint.mapping import CheckpointError
 from .config import ConfigError
 from .draft import Draft
 from .llama import Target
+from .sharding import Backend
 
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def load_target(name_or_path: str | os.PathLike, *, dtype: Any = None, mesh: Any = None) -> Target:
+def load_target(
+    name_or_path: str | os.PathLike,
+    *,
+    dtype: Any = None,
+    mesh: Mesh | None = None,
+    attention: str | None = None,
+) -> Target:
     """Loads a target: a known name, a Hugging Face folder, a .gguf, an Orbax folder or a hub id.
 
     Args:
       dtype: of the parameters and of the computation; None: float32 on CPU, bfloat16 on GPU.
-      mesh: devices to spread the parameters over; not supported yet.
+      mesh: devices to spread the parameters over (`sharding.make_mesh`); None: one device.
+      attention: "reference" or "triton"; None: the best one here.
 
     Raises:
       CheckpointError: files that are missing, truncated, or do not fit their config.
-      ConfigError: an architecture or an option that is not supported.
+      ConfigError: an architecture or an option that is not supported, or heads that do not divide
+        over the mesh.
       DownloadError: the model could not be fetched.
     """
-    if mesh is not None:
-        raise NotImplementedError(
-            "load_target(mesh=...) is not supported yet: the target runs on one device (mesh=None)"
-        )
+    if attention not in (None, *IMPLEMENTATIONS):
+        raise ConfigError(f"attention {attention!r}: expected one of {', '.join(IMPLEMENTATIONS)}")
     name = dtype_name(dtype)
     path = hub.resolve(name_or_path)
     if path.is_file():
-        return _read(gguf.load, path, name)
-    return _read(orbax.load_target if orbax.is_orbax(path) else hf.load, path, name)
+        target = _read(gguf.load, path, name)
+    else:
+        target = _read(orbax.load_target if orbax.is_orbax(path) else hf.load, path, name)
+    target = target.replace(backend=Backend(attention=attention))
+    return target if mesh is None else target.spread(mesh)
 
 
 def load_draft(name_or_path: str | os.PathLike, target: Target, *, dtype: Any = None) -> Draft:
-    """Loads an EAGLE draft and refuses one that does not fit the target.
+    """Loads an EAGLE draft, onto the target's devices; refuses one that does not fit the target.
 
     Args:
       dtype: None: that of the target.
@@ -57,7 +70,8 @@ def load_draft(name_or_path: str | os.PathLike, target: Target, *, dtype: Any = 
         raise CheckpointError(f"{path}: a draft is a folder with config.json and model.safetensors")
     draft = _read(orbax.load_draft if orbax.is_orbax(path) else eagle.load, path, name)
     check_fit(draft, target, str(path))
-    return draft
+    mesh = target.backend.mesh
+    return draft if mesh is None else draft.spread(mesh)
 
 
 def _read(load: Callable[..., Any], path: Path, dtype: str) -> Any:

@@ -26,6 +26,7 @@ _PACKED = "packed"
 _COLUMNS = 64
 _MAX_ROWS = 8
 _MAX_COLUMNS_OF_ONE_ROW = 1024
+_GPU_ROWS = 8
 
 
 def matmul(
@@ -40,13 +41,25 @@ def matmul(
     """
     num_rows = x.size // x.shape[-1]
     if blocks is None or not _pays(num_rows, kernel_DF.shape[1]):
-        return jnp.matmul(x, kernel_DF, preferred_element_type=dtype)
+        product = functools.partial(jnp.matmul, preferred_element_type=dtype)
+        if num_rows > 1:
+            return product(x, kernel_DF)
+        return jax.lax.platform_dependent(
+            x, kernel_DF, cuda=functools.partial(_padded, product), default=product
+        )
     rows_1RD = jnp.reshape(x, (1, num_rows, -1))
     rows_XRD = jnp.broadcast_to(rows_1RD, (blocks.shape[0], *rows_1RD.shape[1:]))
     y_XRJ = jax.lax.dot_general(
         rows_XRD, blocks, (((2,), (1,)), ((0,), (0,))), preferred_element_type=dtype
     )
     return jnp.reshape(jnp.swapaxes(y_XRJ, 0, 1), (*x.shape[:-1], -1))
+
+
+def _padded(product, x, kernel_DF):
+    """One row as eight. Of one row XLA makes elementwise products and sums on a GPU, some of them
+    by way of copies of the weights; eight are a product for the tensor cores."""
+    rows_8D = jnp.pad(jnp.reshape(x, (1, -1)), ((0, _GPU_ROWS - 1), (0, 0)))
+    return jnp.reshape(product(rows_8D, kernel_DF)[:1], (*x.shape[:-1], -1))
 
 
 def unpack_params(params: Any) -> Any:

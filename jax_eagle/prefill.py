@@ -136,7 +136,7 @@ def start(
     limit[len(ids) :] = 0
     reserved = int((prompt_length + limit).max()) + plan.path_length
     pages_per_row = _bucket(-(-reserved // PAGE_SIZE))
-    carry = _empty_prefill(target, draft, B, len(ids), pages_per_row)
+    carry = empty_prefill(target, draft, B, len(ids), pages_per_row)
     model = target.replace(tokenizer=None)
     chunk = min(_PREFILL_CHUNK, max(16, _bucket(int(prompt_length.max()), halves=False)))
     for begin in range(0, int(prompt_length.max()), chunk):
@@ -198,15 +198,22 @@ def _make_plan(draft: Draft | None, batch: int, tree: str, drafting: str, draft_
     return Plan(shape, drafting == "sampled", draft_sync == "all")
 
 
-def _empty_prefill(target: Target, draft: Draft | None, B: int, rows: int, pages_per_row: int):
-    """Caches in which every real row has its own pages; page 0 is trash."""
+def empty_prefill(
+    target: Target, draft: Draft | None, B: int, rows: int, pages_per_row: int
+) -> Prefill:
+    """Caches of B rows in which each of the first `rows` has its own pages; page 0 is trash."""
     table = np.zeros((B, pages_per_row), np.int32)
     table[:rows] = 1 + np.arange(rows * pages_per_row).reshape(rows, pages_per_row)
-    size = {"num_pages": 1 + B * pages_per_row, "page_size": PAGE_SIZE}
+    make_cache = functools.partial(
+        init_cache,
+        num_pages=1 + B * pages_per_row,
+        page_size=PAGE_SIZE,
+        mesh=target.backend.mesh,
+    )
     dtype, width = target.config.dtype, target.config.hidden_size
     return Prefill(
-        cache=init_cache(target.config, jnp.array(table), **size),
-        draft_cache=init_cache(draft.config.layer, jnp.array(table), **size) if draft else None,
+        cache=make_cache(target.config, jnp.array(table)),
+        draft_cache=make_cache(draft.config.layer, jnp.array(table)) if draft else None,
         last_x=jnp.zeros((B, width), dtype),
         last_feature=jnp.zeros((B, draft.config.feature_width if draft else width), dtype),
     )

@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -103,11 +104,10 @@ def compile_for_h100(lowered: jax.stages.Lowered, *, kernels: str = "tree_attent
       RuntimeError: `ptxas` was not found, or rejects the code.
     """
     with tempfile.TemporaryDirectory() as folder:
+        # There is no device to measure on, and trying hundreds of GEMMs takes half a minute.
+        options: Any = {"xla_dump_to": folder, "xla_gpu_autotune_level": 0}
         begin = time.perf_counter()
-        compiled = lowered.compile(
-            # There is no device to measure on, and trying hundreds of GEMMs takes half a minute.
-            compiler_options={"xla_dump_to": folder, "xla_gpu_autotune_level": 0}
-        )
+        compiled = lowered.compile(compiler_options=options)
         seconds = time.perf_counter() - begin
         return Program(compiled, seconds, _read_kernels(Path(folder), kernels))
 

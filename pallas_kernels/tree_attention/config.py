@@ -96,7 +96,7 @@ def table_key(head_dim: int, group: int, nodes: int, dtype) -> str:
 
 @functools.cache
 def _table() -> dict[str, TileConfig]:
-    file = resources.files(__package__) / TABLE
+    file = resources.files("pallas_kernels.tree_attention") / TABLE
     if not file.is_file():
         return {}
     return {key: TileConfig(**entry) for key, entry in json.loads(file.read_text()).items()}

@@ -58,13 +58,11 @@ def tree_attention_triton(
     if tree_mask_BMX is None and M * N // K > MAX_ROWS:
         splits = 1  # a chunk of a prompt has programs enough, and pass 2 is no small work
     splits = splits or num_splits(config, programs=B * K * tiles, capacity=R * C)
-    pages = k_pages_PKCH, v_pages_PKCH, page_table_BR, length_B
-    inputs = _Inputs(
-        q_BMNH, k_tree_BXKH, v_tree_BXKH, *(pages if R else [None] * 4),
-        None if tree_mask_BMX is None else pack_bits(tree_mask_BMX),
-        first_BM,
-        *(None if s is None else jnp.broadcast_to(s, (K,)) for s in (k_scale, v_scale)),
-    )  # fmt: skip
+    scales = (None if s is None else jnp.broadcast_to(s, (K,)) for s in (k_scale, v_scale))
+    bits_BMW = None if tree_mask_BMX is None else pack_bits(tree_mask_BMX)
+    pages = (k_pages_PKCH, v_pages_PKCH, page_table_BR, length_B) if R else (None,) * 4
+    inputs = [q_BMNH, k_tree_BXKH, v_tree_BXKH, *pages, bits_BMW, first_BM, *scales]
+    inputs = _Inputs(*inputs)
 
     def call(kernel, *args, rows: int, grid: int, out_shape):
         return pl.pallas_call(

@@ -1,0 +1,460 @@
+"""What one GPU reaches, each figure beside the floor that memory and arithmetic set.
+
+    python -m benchmarks.gpu --out benchmarks/results/gpu_h100.json
+    python -m benchmarks.gpu --grown --out benchmarks/results/grown_h100.json
+
+In this order, until the time is up (what was left out is named):
+
+1. Numerics of every kernel against float64, in all its forms; ends here with status 1 if wrong.
+2. Copy bandwidth and matrix peak of this machine: the floors below use them, not a data sheet.
+3. The round of an 8B target in bf16 with random weights: the plain step, verification of 4 to 64
+   nodes, draft, sampling and commit, and the whole round with its overhead.
+4. The attention kernels by context, batch and tree size, and their peers.
+
+`--grown` instead decodes MT-Bench with SmolLM2 grown to 8B (see `grow`): milliseconds a token with
+and without speculation. Nothing here needs a network; `--rehearse` runs everything once at tiny
+sizes on any machine.
+"""
+
+import dataclasses
+import functools
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import typer
+from rich.console import Console
+
+from jax_eagle import Draft, Target, bench, load_draft, load_target
+from jax_eagle.cache import commit
+from jax_eagle.compilation_cache import enable_compilation_cache
+from jax_eagle.draft import init_draft_params
+from jax_eagle.generate import decode, propose
+from jax_eagle.llama import init_params
+from jax_eagle.machine import describe_machine
+from jax_eagle.program import run_program
+from jax_eagle.sharding import Backend
+from jax_eagle.state import DecodeState
+from jax_eagle.verify import verify
+from pallas_kernels.compat import order_after
+from pallas_kernels.tree_attention import tree_attention
+from pallas_kernels.tree_attention.shapes import NODES, SHAPES, abstract_inputs
+
+from .grow import describe, grow_draft, grow_target
+from .numerics import check_kernels
+from .prompts import as_chat, mt_bench
+from .synthetic import DRAFT_8B, LLAMA_8B, make_plan, make_state
+
+TREES = {4: "chain:3", 8: "static:8", 16: "static:16", 64: "static:medusa-64"}
+"""Trees by number of nodes; one node is plain decoding."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One measurement."""
+
+    name: str
+    seconds: float
+    floor_seconds: float
+    """The least time that this machine's measured bandwidth and peak allow."""
+    note: str = ""
+
+    @property
+    def share(self) -> float:
+        """Of the floor that was reached: 1 is perfect."""
+        return self.floor_seconds / self.seconds
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """What is measured; the rehearsal has its own."""
+
+    config: Any = LLAMA_8B
+    draft: Any = DRAFT_8B
+    attention: str = "triton"
+    interpret: bool = False
+    rounds: tuple = ((1, 8192), (8, 8192), (32, 8192), (64, 4096), (1, 1024))
+    """(batch, context) of the model's steps."""
+    contexts: tuple = (8192, 1024, 32768)
+    batches: tuple = (1, 8, 32, 64)
+    nodes: tuple = NODES
+    shape: str = "llama-3.1-8b"
+    copy_bytes: int = 2**31
+    matrix: int = 8192
+    repetitions: int = 20
+    grown_batches: tuple = (1, 8, 32, 64)
+    new_tokens: int = 128
+    prompts: int = 80
+
+
+def tiny() -> Sizes:
+    """Everything once, in seconds, on a machine without a GPU."""
+    config = dataclasses.replace(
+        LLAMA_8B, vocab_size=512, hidden_size=64, intermediate_size=96, num_layers=2, num_heads=4,
+        num_kv_heads=2, head_dim=16, max_position=512, dtype="float32",
+    )  # fmt: skip
+    draft = dataclasses.replace(DRAFT_8B, layer=dataclasses.replace(config, num_layers=1))
+    draft = dataclasses.replace(draft, feature_width=64, draft_vocab_size=128)
+    return Sizes(
+        config, draft, interpret=True, rounds=((1, 64),), contexts=(256,), batches=(1,), nodes=(4,),
+        shape="smollm2-135m", copy_bytes=2**20, matrix=128, repetitions=2, grown_batches=(1,),
+        new_tokens=4, prompts=1,
+    )  # fmt: skip
+
+
+def timed(call: Callable[..., Any], *args, repetitions: int = 5) -> float:
+    """Median seconds of a call, its results waited for; compiled and warmed before."""
+    jax.block_until_ready(call(*args))
+    seconds = []
+    for _ in range(repetitions):
+        begin = time.perf_counter()
+        jax.block_until_ready(call(*args))
+        seconds.append(time.perf_counter() - begin)
+    return float(np.median(seconds))
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """What this machine can do at best, measured."""
+
+    bytes_per_second: float
+    """Read and written by a copy."""
+    flops_per_second: float
+    """Of a bf16 matrix product."""
+
+    def floor(self, num_bytes: float, flops: float = 0.0) -> float:
+        """Seconds that reading the bytes and doing the arithmetic take at least."""
+        return max(num_bytes / self.bytes_per_second, flops / self.flops_per_second)
+
+
+def measure_machine(sizes: Sizes) -> Machine:
+    """Copy bandwidth and matrix peak."""
+    x = jnp.zeros(sizes.copy_bytes // 4, jnp.float32)
+    add = jax.jit(lambda x: x + 1)
+    copied = 2 * x.nbytes / timed(add, x)
+    n = sizes.matrix
+    a = jax.random.normal(jax.random.key(0), (n, n), jnp.bfloat16)
+    product = jax.jit(lambda a, b: a @ b)
+    return Machine(copied, 2 * n**3 / timed(product, a, a))
+
+
+# ---- the round of a large target ---------------------------------------------------------------
+
+
+def random_models(sizes: Sizes) -> tuple[Target, Draft]:
+    """Random weights made on the device, in the shapes of `sizes`."""
+    key = jax.random.key(0)
+    params = jax.jit(functools.partial(init_params, sizes.config))(key)
+    backend = Backend(attention=sizes.attention, interpret=sizes.interpret)
+    target = Target(params, sizes.config, backend=backend)
+    draft_params = jax.jit(functools.partial(init_draft_params, sizes.draft))(key)
+    mapping = jnp.arange(sizes.draft.draft_vocab_size, dtype=jnp.int32)
+    return target, Draft(draft_params, mapping, sizes.draft)
+
+
+def weight_bytes(params: Any) -> int:
+    """Bytes that a step reads: all weights but the embedding, of which it reads a few rows."""
+    rest = {name: x for name, x in params.items() if name != "embed"}
+    return sum(x.nbytes for x in jax.tree.leaves(rest))
+
+
+def kv_bytes(config, batch: int, context: int) -> int:
+    """Bytes of keys and values that one forward reads."""
+    row = 2 * config.num_layers * config.num_kv_heads * config.head_dim
+    return batch * context * row * jnp.dtype(config.dtype).itemsize
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What the measurements of one round have in common."""
+
+    machine: Machine
+    sizes: Sizes
+    target: Target
+    draft: Draft
+    batch: int
+    context: int
+
+    def floor(self, nodes: int) -> float:
+        """Of one forward of the target: weights and cache read, products made."""
+        config, parameters = self.target.config, weight_bytes(self.target.params)
+        flops = 2 * nodes * self.batch * parameters / jnp.dtype(config.dtype).itemsize
+        read = parameters + kv_bytes(config, self.batch, self.context)
+        return self.machine.floor(read, flops)
+
+    def time_rounds(self, tree: str, head: Any) -> tuple[float, Any, DecodeState]:
+        """(seconds a round, its plan, a state in the middle): many rounds less a few."""
+        plan = make_plan(tree, self.batch)
+        draft = None if head is None else self.draft
+        many = self.sizes.repetitions
+        few = max(1, many // 4)
+        counts = [1, *3 * [few, few + many]]  # the first call compiles
+        room = 2 * sum(counts) * plan.path_length
+        state = make_state(
+            self.target, draft, plan, batch=self.batch, context=self.context, room=room
+        )
+        seconds = []
+        for count in counts:
+            begin = time.perf_counter()
+            state = decode(self.target, draft, head, plan, state, np.int32(count))
+            jax.block_until_ready(state.num_tokens)
+            seconds.append(time.perf_counter() - begin)
+        assert not np.asarray(state.done).any(), "the rounds ran out of room"
+        return float(np.median(seconds[2::2]) - np.median(seconds[1::2])) / many, plan, state
+
+
+def measure_rounds(setting: Setting) -> Iterator[Row]:
+    """The plain step, then the parts of a round and the whole for each tree."""
+    label = f"batch {setting.batch}, {setting.context} tokens"
+    plain, *_ = setting.time_rounds("root", None)
+    yield Row(f"plain step, {label}", plain, setting.floor(1))
+    head = jax.jit(lambda draft, target: draft.bind_head(target))(setting.draft, setting.target)
+    for nodes, tree in TREES.items():
+        if nodes * setting.batch <= 1024:  # no one would verify more
+            yield from _measure_tree(setting, tree, nodes, head, plain, label)
+
+
+def _measure_tree(
+    setting: Setting, tree: str, nodes: int, head: Any, plain: float, label: str
+) -> Iterator[Row]:
+    target, draft, machine = setting.target, setting.draft, setting.machine
+    whole, plan, state = setting.time_rounds(tree, head)
+    proposal = jax.jit(propose, static_argnums=3)(target, draft, head, plan, state)[1]
+    forward, floor = jax.jit(_forward), setting.floor(nodes)
+    verification = timed(forward, target, proposal, state)
+    ratio = f"{verification / plain:.2f} x the plain step"
+    yield Row(f"verification of {nodes}, {label}", verification, floor, ratio)
+
+    expand = jax.jit(_expand, static_argnums=3)
+    drafting = timed(expand, target, draft, head, plan, state)
+    passes = plan.shape.max_depth
+    read = weight_bytes(draft.params) + sum(x.nbytes for x in jax.tree.leaves(head))
+    read += kv_bytes(draft.config.layer, setting.batch, setting.context)
+    draft_floor = passes * machine.floor(read)
+    yield Row(f"draft of {tree}, {label}", drafting, draft_floor, f"{passes} passes")
+
+    out, logits = forward(target, proposal, state)
+    sample = jax.jit(_sample, static_argnums=2)
+    sampling = timed(sample, proposal, state, plan, logits)
+    yield Row(f"sampling of {nodes}, {label}", sampling, machine.floor(logits.nbytes))
+    put = jax.jit(_commit, donate_argnums=0)
+    pools = jax.tree.map(jnp.copy, state.cache)
+    committing = _time_donated(lambda cache: put(cache, out, nodes - 1), pools)
+    written = 2 * sum(x.nbytes for x in jax.tree.leaves(out.new_kv))
+    yield Row(f"commit of {nodes}, {label}", committing, machine.floor(written))
+
+    overhead = 1 - (verification + drafting) / whole
+    note = f"{overhead:.1%} outside of target and draft; {whole / plain:.2f} plain steps"
+    yield Row(f"round of {tree}, {label}", whole, floor + draft_floor, note)
+
+
+def _forward(target, proposal, state):
+    out = target(proposal.tokens, proposal.tree, state.cache)
+    return out, target.head(out.x)
+
+
+def _expand(target, draft, head, plan, state):
+    draft_cache, proposal = propose(target, draft, head, plan, state)
+    return proposal, draft_cache.length  # the cache itself would be copied out
+
+
+def _sample(proposal, state, plan, logits):
+    return verify(
+        proposal.tree, proposal.tokens, proposal.law, logits, state.cache.length, state.sampling,
+        max_depth=plan.shape.max_depth, max_children=plan.shape.max_children,
+    )  # fmt: skip
+
+
+def _commit(cache, out, last):
+    """One row of each sequence, at the same place every time."""
+    path_B1 = jnp.full((cache.length.shape[0], 1), last, jnp.int32)
+    count_B = order_after(out.x, jnp.ones_like(cache.length))
+    return commit(cache, out.new_kv, path_B1, count_B).replace(length=cache.length)
+
+
+def _time_donated(step, state, repetitions: int = 5) -> float:
+    state = jax.block_until_ready(step(state))
+    seconds = []
+    for _ in range(repetitions):
+        begin = time.perf_counter()
+        state = jax.block_until_ready(step(state))
+        seconds.append(time.perf_counter() - begin)
+    return float(np.median(seconds))
+
+
+# ---- attention alone ---------------------------------------------------------------------------
+
+
+def measure_attention(
+    machine: Machine, sizes: Sizes, batch: int, context: int, nodes: int, implementation: str
+) -> Iterator[Row]:
+    """One attention layer: the loop reads pools of many layers, so that no cache holds them."""
+    shape = SHAPES[sizes.shape]
+    arguments = abstract_inputs(shape, batch=batch, nodes=nodes, context=context)
+    pages = arguments["k_pages_PKCH"]
+    one = 2 * pages.size * pages.dtype.itemsize
+    layers = max(1, min(16, -(-(2**29) // one)))
+    rng = jax.random.key(0)
+    data = {
+        name: None if like is None else jax.random.normal(rng, like.shape, like.dtype)
+        for name, like in arguments.items()
+        if name[0] in "qkv"
+    }
+    pool = jax.random.normal(rng, (layers * pages.shape[0], *pages.shape[1:]), pages.dtype)
+    data |= {"k_pages_PKCH": pool, "v_pages_PKCH": pool + 1}
+    R = arguments["page_table_BR"].shape[1]
+    table = 1 + np.random.default_rng(0).permutation(batch * R).reshape(batch, R).astype(np.int32)
+    data |= {
+        "length_B": jnp.full(batch, context, jnp.int32),
+        "tree_mask_BMX": jnp.broadcast_to(jnp.tri(nodes, dtype=bool), (batch, nodes, nodes)),
+    }
+
+    @jax.jit
+    def loop(data, table):
+        def layer(i, q):
+            out = tree_attention(
+                **(data | {"q_BMNH": q}), page_table_BR=table + i % layers * pages.shape[0],
+                implementation=implementation, interpret=sizes.interpret,
+            )  # fmt: skip
+            return out.astype(q.dtype)
+
+        return jax.lax.fori_loop(0, 4 * sizes.repetitions, layer, data["q_BMNH"])
+
+    seconds = timed(loop, data, table) / (4 * sizes.repetitions)
+    read = 2 * batch * context * shape.num_kv_heads * shape.head_dim * pages.dtype.itemsize
+    flops = 4 * batch * nodes * shape.num_heads * shape.head_dim * context
+    note = f"{read / seconds / 1e9:.0f} GB/s"
+    name = f"attention ({implementation}), {nodes} nodes, batch {batch}, {context} tokens"
+    yield Row(name, seconds, machine.floor(read, flops), note)
+
+
+# ---- a grown model on real prompts -------------------------------------------------------------
+
+
+def measure_grown(sizes: Sizes, model: str, draft: str, console: Console) -> list[dict]:
+    """Milliseconds a token on MT-Bench, plain and with trees; the original's acceptance besides."""
+    dtype = sizes.config.dtype
+    small = load_target(model, dtype=dtype)
+    small_draft = load_draft(draft, small)
+    shape = sizes.config
+    if sizes.interpret:  # the rehearsal: just large enough
+        shape = dataclasses.replace(
+            small.config, hidden_size=640, num_layers=31, vocab_size=small.config.vocab_size + 8
+        )
+    large = grow_target(small, shape)
+    large_draft = grow_draft(small_draft, large)
+    console.print(describe(small, large, large_draft), highlight=False)
+    prompts = as_chat(small, mt_bench()[: sizes.prompts])
+    results = []
+    for batch in sizes.grown_batches:
+        if batch > len(prompts):
+            break
+        groups = [prompts[i : i + batch] for i in range(0, len(prompts) - batch + 1, batch)]
+        groups = groups[: max(1, 8 // batch)]  # the time is limited; the same prompts for all
+        trees = ["chain:1", "chain:3"] if batch > 8 else ["chain:3", "static:8", "static:16"]
+        for name, target, head in (
+            ("grown", large, large_draft), ("original", small, small_draft),
+        ):  # fmt: skip
+            options = {"max_new_tokens": sizes.new_tokens}
+            bench.warm_up(target, head, groups, trees, **options)
+            runs = list(bench.measure(target, head, groups, trees, repetitions=1, **options))
+            for row in bench.summarise(runs):
+                row = {
+                    "model": name, "batch": batch, "tree": row.tree, "ratio": row.ratio,
+                    "acceptance_length": row.acceptance_length,
+                    "ms_per_token": 1e3 * batch / row.tokens_per_second,
+                }  # fmt: skip
+                results.append(row)
+                console.print(row, highlight=False)
+    return results
+
+
+# ---- the program -------------------------------------------------------------------------------
+
+
+def measurements(
+    machine: Machine, sizes: Sizes
+) -> Iterator[tuple[str, Callable[[], Iterator[Row]]]]:
+    """What to measure, the most telling first."""
+    target, draft = random_models(sizes)
+    for batch, context in sizes.rounds:
+        yield (
+            f"rounds, batch {batch}, {context} tokens",
+            functools.partial(
+                measure_rounds, Setting(machine, sizes, target, draft, batch, context)
+            ),
+        )
+    del target, draft  # room for long caches
+    for implementation in (sizes.attention, "reference"):
+        for context in sizes.contexts:
+            for batch in sizes.batches:
+                for nodes in sizes.nodes:
+                    if implementation == "reference" and (nodes != 16 or context != 8192):
+                        continue  # one line of peers
+                    yield (
+                        f"attention ({implementation}), {nodes} nodes, batch {batch}, {context}",
+                        functools.partial(
+                            measure_attention, machine, sizes, batch, context, nodes, implementation
+                        ),
+                    )
+
+
+def main(
+    out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
+    minutes: Annotated[float, typer.Option(help="Start nothing new after so long.")] = 8.0,
+    grown: Annotated[bool, typer.Option(help="Decode MT-Bench with SmolLM2 grown to 8B.")] = False,
+    rehearse: Annotated[bool, typer.Option(help="Tiny sizes, on any machine.")] = False,
+    model: Annotated[str, typer.Option()] = "smollm2-135m-instruct",
+    draft: Annotated[str, typer.Option()] = "smollm2-135m-instruct-eagle",
+) -> None:
+    """Checks the kernels, then measures them and the whole round against the machine's limits."""
+    console = Console(width=140)
+    begin = time.perf_counter()
+    if jax.default_backend() != "gpu" and not rehearse:
+        raise ValueError("no GPU here; --rehearse runs everything at tiny sizes")
+    enable_compilation_cache()
+    sizes = tiny() if rehearse else Sizes()
+    results: dict[str, Any] = {"machine": describe_machine(), "rehearsal": rehearse}
+
+    wrong = check_kernels(console, interpret=sizes.interpret, few=rehearse)
+    results["numerics"] = "every kernel within its bound" if not wrong else wrong
+    if not wrong and grown:
+        results["grown"] = measure_grown(sizes, model, draft, console)
+    elif not wrong:
+        machine = measure_machine(sizes)
+        results["limits"] = dataclasses.asdict(machine)
+        console.print(
+            f"copy {machine.bytes_per_second / 1e9:.0f} GB/s, "
+            f"bf16 products {machine.flops_per_second / 1e12:.0f} TFLOP/s", highlight=False,
+        )  # fmt: skip
+        results["rows"], results["left_out"] = [], []
+        for name, measure in measurements(machine, sizes):
+            if time.perf_counter() - begin > 60 * minutes:
+                results["left_out"].append(name)
+                continue
+            try:
+                for row in measure():
+                    results["rows"].append(dataclasses.asdict(row) | {"share": row.share})
+                    console.print(
+                        f"{row.name:52s} {1e3 * row.seconds:9.3f} ms   floor "
+                        f"{1e3 * row.floor_seconds:9.3f} ms   {row.share:4.0%}   {row.note}",
+                        highlight=False,
+                    )
+            except jax.errors.JaxRuntimeError as error:  # out of memory: go on with the rest
+                results["left_out"].append(f"{name}: {str(error).splitlines()[0]}")
+                console.print(f"{name}: {str(error).splitlines()[0]}", highlight=False)
+        if results["left_out"]:
+            console.print(f"left out: {'; '.join(results['left_out'])}", highlight=False)
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(results, indent=1) + "\n")
+    raise typer.Exit(1 if wrong else 0)
+
+
+if __name__ == "__main__":
+    run_program(main, "benchmarks.gpu")

@@ -1,0 +1,112 @@
+"""Every form of the attention kernels against float64, on whatever runs them here."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+
+from pallas_kernels.tree_attention import tree_attention
+from pallas_kernels.tree_attention.shapes import SHAPES, AttentionShape, abstract_inputs
+
+BOUNDS = {"float32": 1e-5, "bfloat16": 1e-2, "float8_e4m3fn": 1e-2}
+"""Relative norm of the difference, by the dtype of the pages."""
+
+
+def check_kernels(console: Console, *, interpret: bool, few: bool) -> list[str]:
+    """Runs all cases and prints the worst of each dtype; returns those beyond their bound."""
+    wrong, worst = [], dict.fromkeys(BOUNDS, 0.0)
+    shapes = {"smollm2-135m": SHAPES["smollm2-135m"]} if few else SHAPES
+    for name, shape in shapes.items():
+        for kv_dtype in BOUNDS:
+            for nodes in (4,) if few else (1, 16, 64):
+                for batch in (1,) if few else (2, 96):
+                    for form in ("tree", "window", "causal"):
+                        error = relative_error(
+                            shape, kv_dtype, nodes, batch, form, interpret=interpret
+                        )
+                        worst[kv_dtype] = max(worst[kv_dtype], error)
+                        if not error < BOUNDS[kv_dtype]:
+                            case = f"{name}, {kv_dtype}, {nodes} nodes, batch {batch}, {form}"
+                            wrong.append(f"{case}: relative error {error:.1e}")
+    for case in wrong:
+        console.print(f"WRONG {case}", highlight=False)
+    figures = ", ".join(f"{name} {error:.1e}" for name, error in worst.items())
+    console.print(f"numerics against float64, worst relative norm: {figures}", highlight=False)
+    return wrong
+
+
+def relative_error(
+    shape: AttentionShape, kv_dtype: str, nodes: int, batch: int, form: str, *, interpret: bool
+) -> float:
+    """Of one random case whose unread slots hold NaN."""
+    context = 640
+    dtype = jnp.float32 if kv_dtype == "float32" else jnp.bfloat16
+    like = abstract_inputs(
+        shape, batch=batch, nodes=nodes, context=context, dtype=dtype, kv_dtype=kv_dtype,
+        causal=form == "causal",
+    )  # fmt: skip
+    rng = np.random.default_rng(nodes + batch)
+    case = {
+        name: jnp.asarray(rng.standard_normal(x.shape), x.dtype)
+        for name, x in like.items()
+        if name[0] in "qkv" and "scale" not in name
+    }
+    R, C = like["page_table_BR"].shape[1], like["k_pages_PKCH"].shape[2]
+    table = 1 + rng.permutation(batch * R).reshape(batch, R).astype(np.int32)
+    length = rng.integers(0, context + 1, batch).astype(np.int32)
+    length[0] = context // 2 + 5
+    seen = np.zeros((like["k_pages_PKCH"].shape[0], C), bool)
+    for row, n in zip(table, length, strict=True):
+        position = np.arange(n)
+        seen[row[position // C], position % C] = True
+    for name in ("k_pages_PKCH", "v_pages_PKCH"):
+        case[name] = jnp.where(seen[:, None, :, None], case[name], jnp.asarray(jnp.nan, kv_dtype))
+    case |= {"page_table_BR": jnp.asarray(table), "length_B": jnp.asarray(length)}
+    mask = rng.random((batch, nodes, nodes)) < 0.5
+    mask |= np.eye(nodes, dtype=bool)
+    case["tree_mask_BMX"] = None if form == "causal" else jnp.asarray(mask)
+    if "k_scale" in like:
+        K = shape.num_kv_heads
+        case |= {"k_scale": jnp.linspace(0.5, 2, K), "v_scale": jnp.linspace(2, 0.5, K)}
+    if form == "window":
+        case["first_BM"] = jnp.asarray(rng.integers(0, context, (batch, nodes)), jnp.int32)
+    attend = jax.jit(
+        functools.partial(tree_attention, implementation="triton", interpret=interpret)
+    )
+    out = np.asarray(attend(**case), np.float64)
+    expected = _exact(case, np.tri(nodes, dtype=bool) if form == "causal" else mask)
+    return float(np.linalg.norm(out - expected) / np.linalg.norm(expected))
+
+
+def _exact(case: dict, mask: np.ndarray) -> np.ndarray:
+    """Softmax over prefix and tree in float64, sequence by sequence."""
+    q = np.asarray(case["q_BMNH"], np.float64)
+    B, M, N, H = q.shape
+    K = case["k_tree_BXKH"].shape[2]
+    table, length = np.asarray(case["page_table_BR"]), np.asarray(case["length_B"])
+    out = np.empty_like(q)
+    for b in range(B):
+        n = length[b]
+        keys, values = (_rows(case, x, table[b], n, b) for x in "kv")  # [K, n + M, H]
+        first = np.asarray(case["first_BM"][b])[:, None] if "first_BM" in case else 0
+        prefix = np.broadcast_to(np.arange(n)[None] >= first, (M, n))
+        own = mask if mask.ndim == 2 else mask[b]
+        visible = np.concatenate([prefix, own], axis=1)
+        queries = q[b].reshape(M, K, N // K, H)
+        scores = np.einsum("mkgh,ksh->kmgs", queries, keys) / np.sqrt(H)
+        scores = np.where(visible[None, :, None], scores, -np.inf)
+        weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        weights /= weights.sum(axis=-1, keepdims=True)
+        out[b] = np.einsum("kmgs,ksh->mkgh", weights, values).reshape(M, N, H)
+    return out
+
+
+def _rows(case: dict, x: str, pages: np.ndarray, n: int, b: int) -> np.ndarray:
+    K = case["k_tree_BXKH"].shape[2]
+    prefix = np.asarray(case[f"{x}_pages_PKCH"][pages], np.float64)  # [R, K, C, H]
+    prefix = np.moveaxis(prefix, 1, 0).reshape(K, -1, prefix.shape[-1])[:, :n]
+    scale = np.asarray(case.get(f"{x}_scale", np.ones(K)), np.float64)
+    tree = np.moveaxis(np.asarray(case[f"{x}_tree_BXKH"][b], np.float64), 1, 0)
+    return np.concatenate([prefix * scale[:, None, None], tree], axis=1)
