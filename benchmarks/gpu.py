@@ -18,6 +18,7 @@ sizes on any machine.
 
 import dataclasses
 import functools
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -43,10 +44,12 @@ from jax_eagle.state import DecodeState
 from jax_eagle.verify import verify
 from pallas_kernels.compat import order_after
 from pallas_kernels.tree_attention import tree_attention
-from pallas_kernels.tree_attention.shapes import NODES, SHAPES, abstract_inputs
+from pallas_kernels.tree_attention.shapes import NODES, SHAPES
 
+from .attention import prefix_bytes, seconds_per_call, timed
 from .grow import describe, grow_draft, grow_target
 from .numerics import check_kernels
+from .peers import peers
 from .prompts import as_chat, mt_bench
 from .synthetic import DRAFT_8B, LLAMA_8B, make_plan, make_state
 
@@ -83,6 +86,7 @@ class Sizes:
     contexts: tuple = (8192, 1024, 32768)
     batches: tuple = (1, 8, 32, 64)
     nodes: tuple = NODES
+    peer_nodes: int = 16
     shape: str = "llama-3.1-8b"
     copy_bytes: int = 2**31
     matrix: int = 8192
@@ -102,20 +106,9 @@ def tiny() -> Sizes:
     draft = dataclasses.replace(draft, feature_width=64, draft_vocab_size=128)
     return Sizes(
         config, draft, interpret=True, rounds=((1, 64),), contexts=(256,), batches=(1,), nodes=(4,),
-        shape="smollm2-135m", copy_bytes=2**20, matrix=128, repetitions=2, grown_batches=(1,),
-        new_tokens=4, prompts=1,
+        peer_nodes=4, shape="smollm2-135m", copy_bytes=2**20, matrix=128, repetitions=2,
+        grown_batches=(1,), new_tokens=4, prompts=1,
     )  # fmt: skip
-
-
-def timed(call: Callable[..., Any], *args, repetitions: int = 5) -> float:
-    """Median seconds of a call, its results waited for; compiled and warmed before."""
-    jax.block_until_ready(call(*args))
-    seconds = []
-    for _ in range(repetitions):
-        begin = time.perf_counter()
-        jax.block_until_ready(call(*args))
-        seconds.append(time.perf_counter() - begin)
-    return float(np.median(seconds))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -291,46 +284,26 @@ def _time_donated(step, state, repetitions: int = 5) -> float:
 
 
 def measure_attention(
-    machine: Machine, sizes: Sizes, batch: int, context: int, nodes: int, implementation: str
+    machine: Machine,
+    sizes: Sizes,
+    name: str,
+    attend: Callable,
+    *,
+    batch: int,
+    context: int,
+    nodes: int,
 ) -> Iterator[Row]:
-    """One attention layer: the loop reads pools of many layers, so that no cache holds them."""
+    """One layer's tree attention: both passes."""
     shape = SHAPES[sizes.shape]
-    arguments = abstract_inputs(shape, batch=batch, nodes=nodes, context=context)
-    pages = arguments["k_pages_PKCH"]
-    one = 2 * pages.size * pages.dtype.itemsize
-    layers = max(1, min(16, -(-(2**29) // one)))
-    rng = jax.random.key(0)
-    data = {
-        name: None if like is None else jax.random.normal(rng, like.shape, like.dtype)
-        for name, like in arguments.items()
-        if name[0] in "qkv"
-    }
-    pool = jax.random.normal(rng, (layers * pages.shape[0], *pages.shape[1:]), pages.dtype)
-    data |= {"k_pages_PKCH": pool, "v_pages_PKCH": pool + 1}
-    R = arguments["page_table_BR"].shape[1]
-    table = 1 + np.random.default_rng(0).permutation(batch * R).reshape(batch, R).astype(np.int32)
-    data |= {
-        "length_B": jnp.full(batch, context, jnp.int32),
-        "tree_mask_BMX": jnp.broadcast_to(jnp.tri(nodes, dtype=bool), (batch, nodes, nodes)),
-    }
-
-    @jax.jit
-    def loop(data, table):
-        def layer(i, q):
-            out = tree_attention(
-                **(data | {"q_BMNH": q}), page_table_BR=table + i % layers * pages.shape[0],
-                implementation=implementation, interpret=sizes.interpret,
-            )  # fmt: skip
-            return out.astype(q.dtype)
-
-        return jax.lax.fori_loop(0, 4 * sizes.repetitions, layer, data["q_BMNH"])
-
-    seconds = timed(loop, data, table) / (4 * sizes.repetitions)
-    read = 2 * batch * context * shape.num_kv_heads * shape.head_dim * pages.dtype.itemsize
+    seconds = seconds_per_call(
+        attend, shape, batch=batch, context=context, nodes=nodes, calls=4 * sizes.repetitions
+    )
+    read = prefix_bytes(shape, batch=batch, context=context, dtype=jnp.bfloat16)
     flops = 4 * batch * nodes * shape.num_heads * shape.head_dim * context
-    note = f"{read / seconds / 1e9:.0f} GB/s"
-    name = f"attention ({implementation}), {nodes} nodes, batch {batch}, {context} tokens"
-    yield Row(name, seconds, machine.floor(read, flops), note)
+    yield Row(
+        f"attention ({name}), {nodes} nodes, batch {batch}, {context} tokens",
+        seconds, machine.floor(read, flops), f"{read / seconds / 1e9:.0f} GB/s",
+    )  # fmt: skip
 
 
 # ---- a grown model on real prompts -------------------------------------------------------------
@@ -390,18 +363,18 @@ def measurements(
             ),
         )
     del target, draft  # room for long caches
-    for implementation in (sizes.attention, "reference"):
-        for context in sizes.contexts:
-            for batch in sizes.batches:
-                for nodes in sizes.nodes:
-                    if implementation == "reference" and (nodes != 16 or context != 8192):
-                        continue  # one line of peers
-                    yield (
-                        f"attention ({implementation}), {nodes} nodes, batch {batch}, {context}",
-                        functools.partial(
-                            measure_attention, machine, sizes, batch, context, nodes, implementation
-                        ),
-                    )
+    kernels = functools.partial(
+        tree_attention, implementation=sizes.attention, interpret=sizes.interpret
+    )
+    for name, attend in {sizes.attention: kernels, **peers()}.items():
+        for context, batch, nodes in itertools.product(sizes.contexts, sizes.batches, sizes.nodes):
+            if name != sizes.attention and (nodes != sizes.peer_nodes or context > 8192):
+                continue  # a few lines for the peers
+            setting = {"batch": batch, "context": context, "nodes": nodes}
+            yield (
+                f"attention ({name}), {setting}",
+                functools.partial(measure_attention, machine, sizes, name, attend, **setting),
+            )
 
 
 def main(

@@ -37,11 +37,13 @@ def matmul(
 ) -> Float[Array, "... F"]:
     """x @ kernel; from the kernel's blocks where there are any and that is faster.
 
-    `dtype` is that of the result, and of the sums: None means that of x.
+    `dtype` is that of the result, and of the sums: None means that of x. float32 is not rounded to
+    TF32 on a GPU: the text of a float32 model must not depend on the tree.
     """
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     num_rows = x.size // x.shape[-1]
     if blocks is None or not _pays(num_rows, kernel_DF.shape[1]):
-        product = functools.partial(jnp.matmul, preferred_element_type=dtype)
+        product = functools.partial(jnp.matmul, precision=precision, preferred_element_type=dtype)
         if num_rows > 1:
             return product(x, kernel_DF)
         return jax.lax.platform_dependent(
@@ -50,7 +52,11 @@ def matmul(
     rows_1RD = jnp.reshape(x, (1, num_rows, -1))
     rows_XRD = jnp.broadcast_to(rows_1RD, (blocks.shape[0], *rows_1RD.shape[1:]))
     y_XRJ = jax.lax.dot_general(
-        rows_XRD, blocks, (((2,), (1,)), ((0,), (0,))), preferred_element_type=dtype
+        rows_XRD,
+        blocks,
+        (((2,), (1,)), ((0,), (0,))),
+        precision=precision,
+        preferred_element_type=dtype,
     )
     return jnp.reshape(jnp.swapaxes(y_XRJ, 0, 1), (*x.shape[:-1], -1))
 

@@ -9,6 +9,7 @@ What this cannot see: speed, and the choice of GEMM kernels, which is made by me
 
 import dataclasses
 import importlib.util
+import math
 import re
 import shutil
 import subprocess
@@ -19,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from jax.experimental import topologies
 
 SHARED_MEMORY_LIMIT = 232_448
@@ -67,7 +67,7 @@ def h100_mesh(num_devices: int = 1, axis: str = "tensor") -> jax.sharding.Mesh:
     topology = topologies.get_topology_desc(
         platform="cuda", target_config=_H100, topology=f"1x1x{num_devices}"
     )
-    return jax.sharding.Mesh(np.array(topology.devices), (axis,))
+    return topologies.make_mesh(topology, (num_devices,), (axis,))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +130,7 @@ def _read_kernels(folder: Path, prefix: str) -> list[Kernel]:
         pattern = r"(\w+) grid: \[([\d, ]+)\] threads: \[([\d, ]+)\]\s+shared_memory: (\d+)"
         for name, grid, threads, shared in re.findall(pattern, file.read_text()):
             grid, threads = (tuple(map(int, x.split(","))) for x in (grid, threads))
-            launches[name] = int(shared), int(np.prod(threads)), grid
+            launches[name] = int(shared), math.prod(threads), grid
     kernels = []
     for file in folder.glob("*.ptx"):
         text = file.read_text()

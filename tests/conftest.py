@@ -37,11 +37,6 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("jax-eagle")
 
 
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    if item.get_closest_marker("gpu") and jax.default_backend() != "gpu":
-        pytest.skip("needs a GPU")
-
-
 # ---- tiny models -------------------------------------------------------------------------------
 #
 # A vocabulary of six tokens: random drafts are right often enough for every accept and reject

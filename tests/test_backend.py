@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jax_eagle import Draft, SamplingParams, Target, generate, load_target
+from jax_eagle import Draft, SamplingParams, Target, generate
 from jax_eagle.config import ConfigError, DraftConfig, LlamaConfig
 from jax_eagle.draft import init_draft_params
 from jax_eagle.llama import init_params
@@ -42,7 +42,7 @@ def text(target: Target, draft: Draft | None, tree: str) -> list[list[int]]:
 def test_kernels_give_the_text_of_the_reference():
     target, draft = models()
     plain = text(target.replace(backend=Backend(attention="reference")), None, "auto")
-    tree = "dynamic:depth=2,width=2,nodes=5"
+    tree = "paths:[[0],[1]]"
     assert text(target.replace(backend=KERNELS), draft, tree) == plain
 
 
@@ -69,7 +69,7 @@ def main() -> None:
     texts = {
         "one": text(target, None, "auto"),
         "plain on eight": text(spread, None, "auto"),
-        "kernels on eight": text(kernels, spread_draft, "static:4"),
+        "kernels on eight": text(kernels, spread_draft, "paths:[[0],[1]]"),
     }
     print(json.dumps(texts))
 
@@ -89,11 +89,6 @@ def test_what_does_not_divide_is_refused(change, message):
 def test_more_devices_than_there_are_are_refused():
     with pytest.raises(ConfigError, match="there are"):
         make_mesh(len(jax.devices()) + 1)
-
-
-def test_an_unknown_attention_is_refused():
-    with pytest.raises(ConfigError, match="'fast'.*reference"):
-        load_target("smollm2-135m-instruct", attention="fast")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ def pair():
     params = jax.tree.map(
         lambda x: x + 0.1 * jax.random.normal(key, x.shape) if x.ndim == 1 else x, params
     )
-    config = DraftConfig.for_target(SMALL, num_layers=2, draft_vocab_size=7)
+    config = DraftConfig.for_target(SMALL, draft_vocab_size=7)
     draft = Draft(init_draft_params(config, key), jnp.arange(7, dtype=jnp.int32), config)
     return Target(params, SMALL), draft
 
@@ -51,7 +51,7 @@ def test_text_and_acceptance_are_equal(pair):
     small, draft = pair
     large = grow_target(small, LARGE)
     prompts = [[1, 2, 3], [10, 9]]
-    options = {"max_new_tokens": 16, "tree": "static:4", "stop_token_ids": []}
+    options = {"max_new_tokens": 16, "tree": "chain:1", "stop_token_ids": []}
     before = generate(small, draft, prompts, **options)
     after = generate(large, grow_draft(draft, large), prompts, **options)
     assert before.tokens == after.tokens

@@ -13,7 +13,7 @@ from jax_eagle.llama import init_params
 from jax_eagle.prefill import start
 
 CONFIG = LlamaConfig(
-    vocab_size=32, hidden_size=16, intermediate_size=24, num_layers=4, num_heads=2, num_kv_heads=2,
+    vocab_size=32, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2, num_kv_heads=2,
     head_dim=64, max_position=4096,
 )  # fmt: skip
 

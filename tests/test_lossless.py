@@ -68,6 +68,8 @@ all_cases = pytest.mark.parametrize(
     + [pytest.param(c, id=name, marks=pytest.mark.slow) for name, c in MORE_CASES.items()],
 )
 
+GREEDY_CASES = ["chain-greedy-all", "static-sampled-all", "dynamic-greedy-all", "deep-draft-last"]
+
 MIXED = [
     SamplingParams(),
     SamplingParams(temperature=0.7),
@@ -122,8 +124,9 @@ def broken_draft(make_draft, kind: str, case: Case) -> Draft:
     return draft.replace(params=jax.tree.map(change[kind], draft.params))
 
 
-@all_cases
-def test_greedy_text_is_that_of_plain_decoding(target, make_draft, prompts, plain, case):
+@pytest.mark.parametrize("name", GREEDY_CASES)
+def test_greedy_text_is_that_of_plain_decoding(target, make_draft, prompts, plain, name):
+    case = CASES[name]
     result = run(target, make_draft(7, case.vocab, case.layers), prompts, **case.options)
     assert_equal_text(target, prompts, plain["greedy"].tokens, result.tokens)
     assert result.finish_reasons == ["length"] * B
@@ -168,7 +171,7 @@ def test_sampled_drafting_repeats_and_does_not_depend_on_the_row(
     assert shuffled.tokens == [first[i] for i in order]
 
 
-@pytest.mark.parametrize("rows", [[0], [0, 5, 6], [0, 21, 14, 7]], ids=["1", "3", "4"])
+@pytest.mark.parametrize("rows", [[0], [0, 5, 6]], ids=["1", "3"])
 def test_text_does_not_depend_on_the_batch(target, make_draft, prompts, plain, mixed, rows):
     """Row 0 is in all of them: its prompt is the longest, which fixes the number of pages."""
     own = [mixed[b] for b in rows]

@@ -67,8 +67,8 @@ def test_new_parameters_leave_the_blocks_behind(target):
     assert generate(swapped, None, prompt, max_new_tokens=8).tokens == expected
 
 
-@pytest.mark.parametrize("tree", ["chain:1", "static:4"])
-def test_packed_models_give_the_same_text(target, draft, tree):
+def test_packed_models_give_the_same_text(target, draft):
+    tree = "static:4"
     prompts = [[3, 1, 4, 1, 5], [9, 2, 6]]
     options = {"max_new_tokens": 24, "stop_token_ids": [], "tree": tree}
     plain = generate(target, None, prompts, **options)

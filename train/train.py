@@ -67,7 +67,9 @@ def run(
       ConfigError, CheckpointError: what is given cannot be used.
     """
     target = load_target(config.target, dtype=config.dtype) if target is None else target
-    work = _prepare(config, target, resume)
+    # The draft runs on its target's backend, and the attention kernels have no gradient.
+    backend = dataclasses.replace(target.backend, attention="reference")
+    work = _prepare(config, target.replace(backend=backend), resume)
     try:
         if resume and work.checkpoints.latest_step() is not None:
             state, seconds = work.checkpoints.restore(_shapes(work))

@@ -1,0 +1,71 @@
+"""Times one attention layer as a decoder meets it: many layers' pages, none of them in a cache."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.tree_attention.shapes import AttentionShape, abstract_inputs
+
+
+def timed(call: Callable[..., Any], *args, repetitions: int = 5) -> float:
+    """Median seconds of a call, its results waited for; compiled and warmed before."""
+    jax.block_until_ready(call(*args))
+    seconds = []
+    for _ in range(repetitions):
+        begin = time.perf_counter()
+        jax.block_until_ready(call(*args))
+        seconds.append(time.perf_counter() - begin)
+    return float(np.median(seconds))
+
+
+def prefix_bytes(shape: AttentionShape, *, batch: int, context: int, dtype) -> int:
+    """Keys and values of the prefix, which every call has to read."""
+    row = 2 * shape.num_kv_heads * shape.head_dim * jnp.dtype(dtype).itemsize
+    return batch * context * row
+
+
+def seconds_per_call(
+    attend: Callable[..., jax.Array],
+    shape: AttentionShape,
+    *,
+    batch: int,
+    context: int,
+    nodes: int,
+    kv_dtype=jnp.bfloat16,
+    calls: int = 64,
+) -> float:
+    """Of `attend`, which takes the arguments of `tree_attention`, on random data in bfloat16."""
+    like = abstract_inputs(shape, batch=batch, nodes=nodes, context=context, kv_dtype=kv_dtype)
+    pages = like["k_pages_PKCH"]
+    one = prefix_bytes(shape, batch=batch, context=context, dtype=kv_dtype)
+    layers = max(1, min(16, -(-(2**29) // one)))  # half a gigabyte: several times any cache
+    key = jax.random.key(0)
+    draw = jax.jit(jax.random.normal, static_argnums=(1, 2))
+    pool = draw(key, (layers * pages.shape[0], *pages.shape[1:]), jnp.bfloat16).astype(kv_dtype)
+    data: dict[str, Any] = {
+        name: draw(key, like[name].shape, like[name].dtype)
+        for name in ("q_BMNH", "k_tree_BXKH", "v_tree_BXKH")
+    }
+    R = like["page_table_BR"].shape[1]
+    table = 1 + np.random.default_rng(0).permutation(batch * R).reshape(batch, R)
+    chain = np.broadcast_to(np.tri(nodes, dtype=bool), (batch, nodes, nodes))
+    data |= {
+        "k_pages_PKCH": pool, "v_pages_PKCH": pool, "tree_mask_BMX": chain,
+        "length_B": np.full(batch, context, np.int32),
+    }  # fmt: skip
+    if "k_scale" in like:
+        data |= {"k_scale": np.float32(1), "v_scale": np.float32(1)}
+
+    @jax.jit
+    def loop(data, table):
+        def layer(i, q):
+            here = table + i % layers * pages.shape[0]
+            return attend(**(data | {"q_BMNH": q}), page_table_BR=here)
+
+        return jax.lax.fori_loop(0, calls, layer, data["q_BMNH"])
+
+    return timed(loop, data, table.astype(np.int32)) / calls
