@@ -7,9 +7,10 @@ In this order, until the time is up (what was left out is named):
 
 1. Numerics of every kernel against float64, in all its forms; ends here with status 1 if wrong.
 2. Copy bandwidth and matrix peak of this machine: the floors below use them, not a data sheet.
-3. The round of an 8B target in bf16 with random weights: the plain step, verification of 4 to 64
+3. The attention kernels at 8k tokens by batch and tree size, and their peers.
+4. The round of an 8B target in bf16 with random weights: the plain step, verification of 4 to 64
    nodes, draft, sampling and commit, and the whole round with its overhead.
-4. The attention kernels by context, batch and tree size, and their peers.
+5. The attention kernels at 1k and 32k tokens.
 
 `--grown` instead decodes MT-Bench with SmolLM2 grown to 8B (see `grow`): milliseconds a token with
 and without speculation. Nothing here needs a network; `--rehearse` runs everything once at tiny
@@ -81,19 +82,25 @@ class Sizes:
     draft: Any = DRAFT_8B
     attention: str = "triton"
     interpret: bool = False
-    rounds: tuple = ((1, 8192), (8, 8192), (32, 8192), (64, 4096), (1, 1024))
-    """(batch, context) of the model's steps."""
+    rounds: tuple = (
+        (1, 8192, (16, 4, 8, 64)), (8, 8192, (16, 4)), (64, 4096, (4,)), (32, 8192, (4,)),
+    )  # fmt: skip
+    """(batch, context, tree sizes) of the model's steps, the most telling first."""
     contexts: tuple = (8192, 1024, 32768)
     batches: tuple = (1, 8, 32, 64)
     nodes: tuple = NODES
-    peer_nodes: int = 16
     shape: str = "llama-3.1-8b"
     copy_bytes: int = 2**31
     matrix: int = 8192
     repetitions: int = 20
-    grown_batches: tuple = (1, 8, 32, 64)
+    grown: tuple = (
+        (1, ("chain:3", "static:16")), (8, ("chain:3", "static:8")), (64, ("chain:3",)),
+        (32, ("chain:3",)),
+    )  # fmt: skip
+    """(batch, trees) of the grown model."""
     new_tokens: int = 128
-    prompts: int = 80
+    groups: int = 8
+    """Batches of prompts at most."""
 
 
 def tiny() -> Sizes:
@@ -105,9 +112,9 @@ def tiny() -> Sizes:
     draft = dataclasses.replace(DRAFT_8B, layer=dataclasses.replace(config, num_layers=1))
     draft = dataclasses.replace(draft, feature_width=64, draft_vocab_size=128)
     return Sizes(
-        config, draft, interpret=True, rounds=((1, 64),), contexts=(256,), batches=(1,), nodes=(4,),
-        peer_nodes=4, shape="smollm2-135m", copy_bytes=2**20, matrix=128, repetitions=2,
-        grown_batches=(1,), new_tokens=4, prompts=1,
+        config, draft, interpret=True, rounds=((1, 64, (4,)),), contexts=(256,), batches=(1,),
+        nodes=(4,), shape="smollm2-135m", copy_bytes=2**20, matrix=128, repetitions=2,
+        grown=((1, ("chain:1",)),), new_tokens=4, groups=1,
     )  # fmt: skip
 
 
@@ -201,15 +208,14 @@ class Setting:
         return float(np.median(seconds[2::2]) - np.median(seconds[1::2])) / many, plan, state
 
 
-def measure_rounds(setting: Setting) -> Iterator[Row]:
+def measure_rounds(setting: Setting, sizes_of_trees: tuple[int, ...]) -> Iterator[Row]:
     """The plain step, then the parts of a round and the whole for each tree."""
     label = f"batch {setting.batch}, {setting.context} tokens"
     plain, *_ = setting.time_rounds("root", None)
     yield Row(f"plain step, {label}", plain, setting.floor(1))
     head = jax.jit(lambda draft, target: draft.bind_head(target))(setting.draft, setting.target)
-    for nodes, tree in TREES.items():
-        if nodes * setting.batch <= 1024:  # no one would verify more
-            yield from _measure_tree(setting, tree, nodes, head, plain, label)
+    for nodes in sizes_of_trees:
+        yield from _measure_tree(setting, TREES[nodes], nodes, head, plain, label)
 
 
 def _measure_tree(
@@ -309,10 +315,11 @@ def measure_attention(
 # ---- a grown model on real prompts -------------------------------------------------------------
 
 
-def measure_grown(sizes: Sizes, model: str, draft: str, console: Console) -> list[dict]:
+def measure_grown(
+    sizes: Sizes, model: str, draft: str, console: Console, in_time: Callable[[], bool]
+) -> Iterator[dict[str, Any]]:
     """Milliseconds a token on MT-Bench, plain and with trees; the original's acceptance besides."""
-    dtype = sizes.config.dtype
-    small = load_target(model, dtype=dtype)
+    small = load_target(model, dtype=sizes.config.dtype)
     small_draft = load_draft(draft, small)
     shape = sizes.config
     if sizes.interpret:  # the rehearsal: just large enough
@@ -321,112 +328,123 @@ def measure_grown(sizes: Sizes, model: str, draft: str, console: Console) -> lis
         )
     large = grow_target(small, shape)
     large_draft = grow_draft(small_draft, large)
-    console.print(describe(small, large, large_draft), highlight=False)
-    prompts = as_chat(small, mt_bench()[: sizes.prompts])
-    results = []
-    for batch in sizes.grown_batches:
-        if batch > len(prompts):
-            break
-        groups = [prompts[i : i + batch] for i in range(0, len(prompts) - batch + 1, batch)]
-        groups = groups[: max(1, 8 // batch)]  # the time is limited; the same prompts for all
-        trees = ["chain:1", "chain:3"] if batch > 8 else ["chain:3", "static:8", "static:16"]
-        for name, target, head in (
-            ("grown", large, large_draft), ("original", small, small_draft),
-        ):  # fmt: skip
+    console.print(describe(small, large, large_draft))
+    # Of similar length, so that few programs compile; repeated where a batch wants more.
+    prompts = [row for row in as_chat(small, mt_bench()) if 64 <= len(row) <= 120]
+    for batch, trees in sizes.grown:
+        groups = [
+            [prompts[i % len(prompts)] for i in range(begin, begin + batch)]
+            for begin in range(0, batch * min(sizes.groups, max(1, len(prompts) // batch)), batch)
+        ]
+        models = [("grown", large, large_draft)]
+        if batch == 1:  # acceptance does not depend on the batch
+            models.append(("original", small, small_draft))
+        for name, target, head in models:
+            if not in_time():
+                yield {"left_out": f"{name}, batch {batch}"}
+                continue
             options = {"max_new_tokens": sizes.new_tokens}
-            bench.warm_up(target, head, groups, trees, **options)
+            bench.warm_up(target, head, groups[:1], trees, **options)
             runs = list(bench.measure(target, head, groups, trees, repetitions=1, **options))
             for row in bench.summarise(runs):
-                row = {
+                yield {
                     "model": name, "batch": batch, "tree": row.tree, "ratio": row.ratio,
                     "acceptance_length": row.acceptance_length,
                     "ms_per_token": 1e3 * batch / row.tokens_per_second,
+                    "prompts": len(groups) * batch,
                 }  # fmt: skip
-                results.append(row)
-                console.print(row, highlight=False)
-    return results
 
 
 # ---- the program -------------------------------------------------------------------------------
 
 
-def measurements(
-    machine: Machine, sizes: Sizes
-) -> Iterator[tuple[str, Callable[[], Iterator[Row]]]]:
+def measurements(machine: Machine, sizes: Sizes) -> Iterator[tuple[str, Iterator[Row]]]:
     """What to measure, the most telling first."""
-    target, draft = random_models(sizes)
-    for batch, context in sizes.rounds:
-        yield (
-            f"rounds, batch {batch}, {context} tokens",
-            functools.partial(
-                measure_rounds, Setting(machine, sizes, target, draft, batch, context)
-            ),
-        )
-    del target, draft  # room for long caches
     kernels = functools.partial(
         tree_attention, implementation=sizes.attention, interpret=sizes.interpret
     )
-    for name, attend in {sizes.attention: kernels, **peers()}.items():
-        for context, batch, nodes in itertools.product(sizes.contexts, sizes.batches, sizes.nodes):
-            if name != sizes.attention and (nodes != sizes.peer_nodes or context > 8192):
-                continue  # a few lines for the peers
-            setting = {"batch": batch, "context": context, "nodes": nodes}
+
+    def attention(name, attend, contexts, batches, nodes):
+        for context, batch, count in itertools.product(contexts, batches, nodes):
+            setting = {"batch": batch, "context": context, "nodes": count}
             yield (
                 f"attention ({name}), {setting}",
-                functools.partial(measure_attention, machine, sizes, name, attend, **setting),
+                measure_attention(machine, sizes, name, attend, **setting),
             )
+
+    first, *others = sizes.contexts
+    yield from attention(sizes.attention, kernels, [first], sizes.batches, sizes.nodes)
+    for name, attend in peers().items():
+        yield from attention(name, attend, [first], sizes.batches, sizes.nodes[-2:][:1])
+    target, draft = random_models(sizes)
+    for batch, context, trees in sizes.rounds:
+        setting = Setting(machine, sizes, target, draft, batch, context)
+        yield f"rounds, batch {batch}, {context} tokens", measure_rounds(setting, trees)
+    del target, draft, setting  # room for long caches
+    yield from attention(sizes.attention, kernels, others, sizes.batches, sizes.nodes)
 
 
 def main(
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
-    minutes: Annotated[float, typer.Option(help="Start nothing new after so long.")] = 8.0,
+    minutes: Annotated[float, typer.Option(help="Start nothing new after so long.")] = 7.0,
     grown: Annotated[bool, typer.Option(help="Decode MT-Bench with SmolLM2 grown to 8B.")] = False,
     rehearse: Annotated[bool, typer.Option(help="Tiny sizes, on any machine.")] = False,
     model: Annotated[str, typer.Option()] = "smollm2-135m-instruct",
     draft: Annotated[str, typer.Option()] = "smollm2-135m-instruct-eagle",
 ) -> None:
     """Checks the kernels, then measures them and the whole round against the machine's limits."""
-    console = Console(width=140)
+    console = Console(width=140, highlight=False)
     begin = time.perf_counter()
+
+    def in_time() -> bool:
+        return time.perf_counter() - begin < 60 * minutes
+
     if jax.default_backend() != "gpu" and not rehearse:
         raise ValueError("no GPU here; --rehearse runs everything at tiny sizes")
     enable_compilation_cache()
     sizes = tiny() if rehearse else Sizes()
     results: dict[str, Any] = {"machine": describe_machine(), "rehearsal": rehearse}
-
     wrong = check_kernels(console, interpret=sizes.interpret, few=rehearse)
-    results["numerics"] = "every kernel within its bound" if not wrong else wrong
+    results["numerics"] = wrong or "every kernel within its bound"
     if not wrong and grown:
-        results["grown"] = measure_grown(sizes, model, draft, console)
+        results["grown"] = []
+        for row in measure_grown(sizes, model, draft, console, in_time):
+            results["grown"].append(row)
+            console.print(row)
     elif not wrong:
         machine = measure_machine(sizes)
         results["limits"] = dataclasses.asdict(machine)
         console.print(
             f"copy {machine.bytes_per_second / 1e9:.0f} GB/s, "
-            f"bf16 products {machine.flops_per_second / 1e12:.0f} TFLOP/s", highlight=False,
-        )  # fmt: skip
-        results["rows"], results["left_out"] = [], []
-        for name, measure in measurements(machine, sizes):
-            if time.perf_counter() - begin > 60 * minutes:
-                results["left_out"].append(name)
-                continue
-            try:
-                for row in measure():
-                    results["rows"].append(dataclasses.asdict(row) | {"share": row.share})
-                    console.print(
-                        f"{row.name:52s} {1e3 * row.seconds:9.3f} ms   floor "
-                        f"{1e3 * row.floor_seconds:9.3f} ms   {row.share:4.0%}   {row.note}",
-                        highlight=False,
-                    )
-            except jax.errors.JaxRuntimeError as error:  # out of memory: go on with the rest
-                results["left_out"].append(f"{name}: {str(error).splitlines()[0]}")
-                console.print(f"{name}: {str(error).splitlines()[0]}", highlight=False)
-        if results["left_out"]:
-            console.print(f"left out: {'; '.join(results['left_out'])}", highlight=False)
+            f"bf16 products {machine.flops_per_second / 1e12:.1f} TFLOP/s"
+        )
+        results |= _measure_all(machine, sizes, console, in_time)
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(results, indent=1) + "\n")
     raise typer.Exit(1 if wrong else 0)
+
+
+def _measure_all(machine, sizes, console: Console, in_time: Callable[[], bool]) -> dict[str, Any]:
+    """Rows until the time is up, and what was left out."""
+    rows, left_out = [], []
+    for name, measured in measurements(machine, sizes):
+        try:
+            while in_time():
+                row = next(measured)
+                rows.append(dataclasses.asdict(row) | {"share": row.share})
+                console.print(
+                    f"{row.name:56s} {1e3 * row.seconds:9.3f} ms   floor "
+                    f"{1e3 * row.floor_seconds:9.3f} ms   {row.share:4.0%}   {row.note}"
+                )
+            left_out.append(name)
+        except StopIteration:
+            continue
+        except jax.errors.JaxRuntimeError as error:  # out of memory: go on with the rest
+            left_out.append(f"{name}: {str(error).splitlines()[0]}")
+    if left_out:
+        console.print(f"left out: {'; '.join(left_out)}")
+    return {"rows": rows, "left_out": left_out}
 
 
 if __name__ == "__main__":
