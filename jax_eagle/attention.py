@@ -87,7 +87,7 @@ class Attention(nn.Module):
 
 
 def _over_heads(attend, mesh):
-    """`attend` on each device of the mesh, for the heads that lie there."""
+    """`attend` on each device of the mesh, for the heads that lie there. No cache scales yet."""
     heads, pages = P(None, None, TENSOR, None), P(None, TENSOR, None, None)
 
     def call(*arrays, first_BM):

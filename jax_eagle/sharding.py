@@ -105,11 +105,14 @@ def param_shardings(boxed: Any, mesh: Mesh) -> Any:
 
 def check_divides(config: LlamaConfig, mesh: Mesh) -> None:
     """Raises ConfigError where a sharded axis does not divide evenly over the mesh."""
+    if TENSOR not in mesh.axis_names:
+        raise ConfigError(f"a mesh with axes {mesh.axis_names}: expected {TENSOR!r} (`make_mesh`)")
     size = mesh.shape[TENSOR]
     for what, count in (
         ("attention heads", config.num_heads),
         ("KV heads", config.num_kv_heads),
         ("FFN units", config.intermediate_size),
+        ("channels", config.hidden_size),  # those of the draft's FC
         ("tokens of the vocabulary", config.vocab_size),
     ):
         if count % size:

@@ -140,7 +140,7 @@ def _read_kernels(folder: Path, prefix: str) -> list[Kernel]:
             continue
         used = _assemble(file)
         for name, body in zip(names, entries, strict=True):
-            if name.startswith(prefix) and name in launches:
+            if name.startswith(prefix):
                 kernels.append(
                     Kernel(
                         name,

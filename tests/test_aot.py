@@ -65,15 +65,30 @@ def test_kernels_neither_spill_nor_miss_the_tensor_cores(shape, nodes, kv_dtype)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_a_chunk_of_a_prompt(shape):
     inputs = abstract_inputs(shape, batch=1, nodes=2048, context=8192, causal=True)
-    (kernel,) = compile_attention(inputs)
-    check(kernel, 128, exact=False)
-
-
-def test_windows():
-    inputs = abstract_inputs(SHAPES["llama-4-scout"], batch=8, nodes=16, context=8192)
-    inputs["first_BM"] = inputs["length_B"].update(shape=(8, 16))
     for kernel in compile_attention(inputs):
-        check(kernel, 16 if "merge" in kernel.name else 128, exact=False)
+        check(kernel, 128, exact=False)
+
+
+@pytest.mark.parametrize("kv_dtype", [jnp.bfloat16, jnp.float8_e4m3fn], ids=["bf16", "fp8"])
+@pytest.mark.parametrize("nodes", [16, 1024])
+def test_windows(nodes, kv_dtype):
+    """Llama 4's chunked layers, verifying a tree and in a prompt."""
+    shape, chunk = SHAPES["llama-4-scout"], nodes > 64
+    inputs = abstract_inputs(
+        shape, batch=8, nodes=nodes, context=8192, kv_dtype=kv_dtype, causal=chunk
+    )
+    inputs["first_BM"] = inputs["length_B"].update(shape=(8, nodes))
+    for kernel in compile_attention(inputs):
+        check(kernel, 16 if "merge" in kernel.name and not chunk else 128, exact=False)
+
+
+def test_a_level_of_a_draft():
+    """Few queries of many tree keys."""
+    inputs = abstract_inputs(SHAPES["llama-3.1-8b"], batch=1, nodes=10, context=8192)
+    inputs["q_BMNH"] = inputs["q_BMNH"].update(shape=(1, 4, 32, 128))
+    inputs["tree_mask_BMX"] = inputs["tree_mask_BMX"].update(shape=(1, 4, 10))
+    for kernel in compile_attention(inputs):
+        check(kernel, 16, exact=False)
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
@@ -135,6 +150,7 @@ def collectives(text: str) -> collections.Counter:
         (1, "static:16", 1, 128),
         (1, "chain:3", 32, 768),
         (8, "static:16", 1, 64),
+        (8, "root", 1, 64),
     ],
 )
 def test_the_round_of_an_8b_target(devices, tree, batch, temp_mib, capsys):
@@ -149,6 +165,8 @@ def test_the_round_of_an_8b_target(devices, tree, batch, temp_mib, capsys):
     cache_bytes = sum(2 * math.prod(on_device(pool)) for pool in pools(state))
     assert memory.alias_size_in_bytes >= cache_bytes
     assert memory.temp_size_in_bytes < temp_mib * MIB
+    parts = {kernel.name.split("__")[0] for kernel in program.kernels}
+    assert parts == {"tree_attention_prefix", "tree_attention_merge"}
     assert all(kernel.spill_bytes == 0 for kernel in program.kernels)
     weights = [x for x in jax.tree.leaves((target, draft, head)) if len(x.shape) > 1]
     assert remade(text, weights + pools(state)) == []
@@ -158,7 +176,7 @@ def test_the_round_of_an_8b_target(devices, tree, batch, temp_mib, capsys):
         return
     # Embedding, then attention and FFN of each layer; the draft has its FC besides.
     passes = plan.shape.max_depth
-    draft_layers = draft.config.layer.num_layers
+    draft_layers = draft.config.layer.num_layers if draft is not None else 0
     summed = 1 + 2 * LLAMA_8B.num_layers + passes * (2 + 2 * draft_layers)
     assert collectives(text) == {"all-reduce": summed, "all-gather": passes + 1}
     reduced, gathered = sizes_of_collectives(text)

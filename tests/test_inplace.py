@@ -67,4 +67,4 @@ def test_temporaries_do_not_grow_with_the_pool():
     pool_growth = sum(p.nbytes for p in many) - sum(p.nbytes for p in few)
     growth = large.memory_analysis().temp_size_in_bytes - small.memory_analysis().temp_size_in_bytes
     # Attention reads one block of pages at a time; what grows is that block.
-    assert pool_growth > 0 and growth < 0.25 * pool_growth
+    assert pool_growth > 0 and growth < 0.5 * pool_growth

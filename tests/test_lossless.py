@@ -62,13 +62,23 @@ MORE_CASES = {
     "dynamic-greedy-last": Case(DYNAMIC["greedy"], "greedy", "last"),
     "dynamic-sampled-all": Case(DYNAMIC["sampled"], "sampled"),
 }
-all_cases = pytest.mark.parametrize(
-    "case",
-    [pytest.param(case, id=name) for name, case in CASES.items()]
-    + [pytest.param(c, id=name, marks=pytest.mark.slow) for name, c in MORE_CASES.items()],
-)
 
-GREEDY_CASES = ["chain-greedy-all", "static-sampled-all", "dynamic-greedy-all", "deep-draft-last"]
+
+def cases(names):
+    """Parametrises over all cases; those not named are slow."""
+    return pytest.mark.parametrize(
+        "case",
+        [
+            pytest.param(case, id=name, marks=() if name in names else pytest.mark.slow)
+            for name, case in (CASES | MORE_CASES).items()
+        ],
+    )
+
+
+all_cases = cases(CASES)
+few_cases = cases(
+    ["chain-greedy-all", "static-sampled-all", "dynamic-sampled-last", "deep-draft-last"]
+)
 
 MIXED = [
     SamplingParams(),
@@ -124,9 +134,8 @@ def broken_draft(make_draft, kind: str, case: Case) -> Draft:
     return draft.replace(params=jax.tree.map(change[kind], draft.params))
 
 
-@pytest.mark.parametrize("name", GREEDY_CASES)
-def test_greedy_text_is_that_of_plain_decoding(target, make_draft, prompts, plain, name):
-    case = CASES[name]
+@few_cases
+def test_greedy_text_is_that_of_plain_decoding(target, make_draft, prompts, plain, case):
     result = run(target, make_draft(7, case.vocab, case.layers), prompts, **case.options)
     assert_equal_text(target, prompts, plain["greedy"].tokens, result.tokens)
     assert result.finish_reasons == ["length"] * B
@@ -134,14 +143,14 @@ def test_greedy_text_is_that_of_plain_decoding(target, make_draft, prompts, plai
     assert plain["greedy"].acceptance_length == 1.0
 
 
-@all_cases
+@few_cases
 @pytest.mark.parametrize("kind", ["nan", "zero", "huge"])
 def test_broken_drafts_change_nothing(target, make_draft, prompts, plain, case, kind):
     result = run(target, broken_draft(make_draft, kind, case), prompts, **case.options)
     assert_equal_text(target, prompts, plain["greedy"].tokens, result.tokens)
 
 
-@all_cases
+@few_cases
 def test_seeded_text_is_that_of_plain_decoding(target, make_draft, prompts, plain, mixed, case):
     """With greedy drafting for every row, with sampled drafting for those at temperature 0."""
     result = run(

@@ -55,14 +55,12 @@ def tree_attention_triton(
     dtype = q_BMNH.dtype if exact else k_pages_PKCH.dtype
     config = config or tile_config(head_dim=H, group=N // K, nodes=M, dtype=dtype)
     tiles = -(-M * N // K // config.block_q)
-    if tree_mask_BMX is None and M * N // K > MAX_ROWS:
-        splits = 1  # a chunk of a prompt has programs enough, and pass 2 is no small work
     splits = splits or num_splits(config, programs=B * K * tiles, capacity=R * C)
     scales = (None if s is None else jnp.broadcast_to(s, (K,)) for s in (k_scale, v_scale))
     bits_BMW = None if tree_mask_BMX is None else pack_bits(tree_mask_BMX)
     pages = (k_pages_PKCH, v_pages_PKCH, page_table_BR, length_B) if R else (None,) * 4
-    inputs = [q_BMNH, k_tree_BXKH, v_tree_BXKH, *pages, bits_BMW, first_BM, *scales]
-    inputs = _Inputs(*inputs)
+    arrays = [q_BMNH, k_tree_BXKH, v_tree_BXKH, *pages, bits_BMW, first_BM, *scales]
+    inputs = _Inputs(*arrays)
 
     def call(kernel, *args, rows: int, grid: int, out_shape):
         return pl.pallas_call(
@@ -81,18 +79,19 @@ def tree_attention_triton(
     out = jax.ShapeDtypeStruct(q_BMNH.shape, q_BMNH.dtype)
     if splits == 1:
         return call(_whole_kernel, inputs, rows=config.block_q, grid=tiles, out_shape=out)
-    part = (B, K, splits, M * N // K)
-    part = _Running(*(jax.ShapeDtypeStruct(s, jnp.float32) for s in ((*part, H), part, part)))
-    part = call(_prefix_kernel, inputs, rows=config.block_q, grid=tiles * splits, out_shape=part)
-    rows = config.merge_q
+    sums = jax.ShapeDtypeStruct((B, K, splits, M * N // K), jnp.float32)
+    partial = _Running(sums.update(shape=(*sums.shape, H)), sums, sums)
+    part = call(_prefix_kernel, inputs, rows=config.block_q, grid=tiles * splits, out_shape=partial)
+    # Small tiles have the merge over sooner; the own keys of a chunk of a prompt want large ones.
+    rows = config.merge_q if M * N // K <= MAX_ROWS else config.block_q
     return call(_merge_kernel, inputs, part, rows=rows, grid=-(-M * N // K // rows), out_shape=out)
 
 
 def unsupported(q_BMNH, k_pages_PKCH) -> str | None:
     """Why the kernels cannot run these arguments; None if they can."""
     H, pool = q_BMNH.shape[3], k_pages_PKCH
-    if H < 16 or H & (H - 1):
-        return f"a head dimension of {H}, which is no power of two of at least 16"
+    if H not in (16, 32, 64, 128):
+        return f"a head dimension of {H}, which is no power of two from 16 to 128"
     # Pallas takes 32-bit offsets up to 4 GiB, and Triton reads them as signed.
     if pool.dtype.itemsize == 1 and 2**31 <= pool.size <= 2**32:
         return f"an 8-bit page pool of {pool.size} bytes, between 2 and 4 GiB"
@@ -240,11 +239,7 @@ def _prefix_range(static: _Static, tile: _Tile, inputs: _Inputs):
     never = jnp.iinfo(jnp.int32).max
     first = inputs.first_BM.at[tile.sequence, tile.node_Q]
     first_Q = triton.load(first, mask=tile.real_Q, other=never)
-    return (
-        jnp.minimum(jnp.min(first_Q), inputs.length_B[tile.sequence]) // static.block_k,
-        end,
-        first_Q,
-    )
+    return jnp.minimum(jnp.min(first_Q), length) // static.block_k, end, first_Q
 
 
 def _prefix_pass(static, tile, inputs, q_QH, begin, end, first_Q, running) -> _Running:
