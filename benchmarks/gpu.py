@@ -13,8 +13,10 @@ In this order, until the time is up (what was left out is named):
 5. The attention kernels at 1k and 32k tokens.
 
 `--grown` instead decodes MT-Bench with SmolLM2 grown to 8B (see `grow`): milliseconds a token with
-and without speculation. Nothing here needs a network; `--rehearse` runs everything once at tiny
-sizes on any machine.
+and without speculation. It needs model and questions in the cache (`jax-eagle download
+smollm2-135m-instruct`, and any benchmark of MT-Bench, on a machine with a network; JAX_EAGLE_CACHE
+names the folder). Nothing else needs a network. `--rehearse` runs everything at tiny sizes on any
+machine; its times mean nothing.
 """
 
 import dataclasses
@@ -32,7 +34,7 @@ import numpy as np
 import typer
 from rich.console import Console
 
-from jax_eagle import Draft, Target, bench, load_draft, load_target
+from jax_eagle import Draft, SamplingParams, Target, bench, load_draft, load_target
 from jax_eagle.cache import commit
 from jax_eagle.compilation_cache import enable_compilation_cache
 from jax_eagle.draft import init_draft_params
@@ -40,14 +42,15 @@ from jax_eagle.generate import decode, propose
 from jax_eagle.llama import init_params
 from jax_eagle.machine import describe_machine
 from jax_eagle.program import run_program
+from jax_eagle.sampling import Sampling
 from jax_eagle.sharding import Backend
-from jax_eagle.state import DecodeState
+from jax_eagle.state import DecodeState, Plan
 from jax_eagle.verify import verify
 from pallas_kernels.compat import order_after
 from pallas_kernels.tree_attention import tree_attention
 from pallas_kernels.tree_attention.shapes import NODES, SHAPES
 
-from .attention import prefix_bytes, seconds_per_call, timed
+from .attention import prefix_bytes, seconds_per_call
 from .grow import describe, grow_draft, grow_target
 from .numerics import check_kernels
 from .peers import peers
@@ -71,7 +74,7 @@ class Row:
     @property
     def share(self) -> float:
         """Of the floor that was reached: 1 is perfect."""
-        return self.floor_seconds / self.seconds
+        return self.floor_seconds / self.seconds if self.seconds else 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,12 +138,42 @@ class Machine:
 def measure_machine(sizes: Sizes) -> Machine:
     """Copy bandwidth and matrix peak."""
     x = jnp.zeros(sizes.copy_bytes // 4, jnp.float32)
-    add = jax.jit(lambda x: x + 1)
-    copied = 2 * x.nbytes / timed(add, x)
+    copied = 2 * x.nbytes / per_iteration(lambda x: x + 1, x, sizes.repetitions)[0]
     n = sizes.matrix
     a = jax.random.normal(jax.random.key(0), (n, n), jnp.bfloat16)
-    product = jax.jit(lambda a, b: a @ b)
-    return Machine(copied, 2 * n**3 / timed(product, a, a))
+    b = a[::-1] * n**-0.5  # products of products stay of the same size
+    seconds = per_iteration(lambda a, b: (a @ b).astype(a.dtype), a, sizes.repetitions, b)[0]
+    return Machine(copied, 2 * n**3 / seconds)
+
+
+def per_iteration(step: Callable[..., Any], carry: Any, many: int, *constant) -> tuple[float, Any]:
+    """(seconds of `step(carry, *constant) -> carry`, carry after): inside one compiled loop.
+
+    Long loops less short ones: neither the dispatch of a call nor its compilation counts. The
+    carry is donated.
+    """
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def loop(carry, count, constant):
+        return jax.lax.fori_loop(0, count, lambda _, carry: step(carry, *constant), carry)
+
+    return time_loops(lambda carry, count: loop(carry, np.int32(count), constant), carry, many)
+
+
+def time_loops(loop: Callable[[Any, int], Any], carry: Any, many: int) -> tuple[float, Any]:
+    """(seconds an iteration, carry after) of `loop(carry, iterations)`."""
+    seconds = []
+    for count in loop_counts(many):
+        begin = time.perf_counter()
+        carry = jax.block_until_ready(loop(carry, count))
+        seconds.append(time.perf_counter() - begin)
+    return float(np.median(seconds[2::2]) - np.median(seconds[1::2])) / many, carry
+
+
+def loop_counts(many: int) -> list[int]:
+    """Iterations of the calls that are timed; the first compiles."""
+    few = max(1, many // 4)
+    return [1, *3 * [few, few + many]]
 
 
 # ---- the round of a large target ---------------------------------------------------------------
@@ -187,103 +220,100 @@ class Setting:
         read = parameters + kv_bytes(config, self.batch, self.context)
         return self.machine.floor(read, flops)
 
-    def time_rounds(self, tree: str, head: Any) -> tuple[float, Any, DecodeState]:
-        """(seconds a round, its plan, a state in the middle): many rounds less a few."""
-        plan = make_plan(tree, self.batch)
+    def time_rounds(self, tree: str, head: Any) -> tuple[float, Plan, DecodeState]:
+        """(seconds a round, its plan, a state in the middle)."""
+        plan, many = make_plan(tree, self.batch), self.sizes.repetitions
         draft = None if head is None else self.draft
-        many = self.sizes.repetitions
-        few = max(1, many // 4)
-        counts = [1, *3 * [few, few + many]]  # the first call compiles
-        room = 2 * sum(counts) * plan.path_length
+        room = 2 * sum(loop_counts(many)) * plan.path_length
         state = make_state(
             self.target, draft, plan, batch=self.batch, context=self.context, room=room
         )
-        seconds = []
-        for count in counts:
-            begin = time.perf_counter()
-            state = decode(self.target, draft, head, plan, state, np.int32(count))
-            jax.block_until_ready(state.num_tokens)
-            seconds.append(time.perf_counter() - begin)
-        assert not np.asarray(state.done).any(), "the rounds ran out of room"
-        return float(np.median(seconds[2::2]) - np.median(seconds[1::2])) / many, plan, state
+
+        def loop(state, rounds):
+            return decode(self.target, draft, head, plan, state, np.int32(rounds))
+
+        seconds, state = time_loops(loop, state, many)
+        if np.asarray(state.done).any():
+            raise RuntimeError("the rounds ran out of room")
+        return seconds, plan, state
 
 
 def measure_rounds(setting: Setting, sizes_of_trees: tuple[int, ...]) -> Iterator[Row]:
-    """The plain step, then the parts of a round and the whole for each tree."""
+    """The plain step, then for each tree the whole round and its parts."""
     label = f"batch {setting.batch}, {setting.context} tokens"
-    plain, *_ = setting.time_rounds("root", None)
+    plain = setting.time_rounds("root", None)[0]
     yield Row(f"plain step, {label}", plain, setting.floor(1))
     head = jax.jit(lambda draft, target: draft.bind_head(target))(setting.draft, setting.target)
     for nodes in sizes_of_trees:
-        yield from _measure_tree(setting, TREES[nodes], nodes, head, plain, label)
+        yield from _measure_tree(setting, nodes, head, plain, label)
 
 
 def _measure_tree(
-    setting: Setting, tree: str, nodes: int, head: Any, plain: float, label: str
+    setting: Setting, nodes: int, head: Any, plain: float, label: str
 ) -> Iterator[Row]:
-    target, draft, machine = setting.target, setting.draft, setting.machine
+    target, draft, machine, tree = setting.target, setting.draft, setting.machine, TREES[nodes]
     whole, plan, state = setting.time_rounds(tree, head)
-    proposal = jax.jit(propose, static_argnums=3)(target, draft, head, plan, state)[1]
-    forward, floor = jax.jit(_forward), setting.floor(nodes)
-    verification = timed(forward, target, proposal, state)
-    ratio = f"{verification / plain:.2f} x the plain step"
-    yield Row(f"verification of {nodes}, {label}", verification, floor, ratio)
-
-    expand = jax.jit(_expand, static_argnums=3)
-    drafting = timed(expand, target, draft, head, plan, state)
-    passes = plan.shape.max_depth
+    many = setting.sizes.repetitions
+    floor, passes = setting.floor(nodes), plan.shape.max_depth
     read = weight_bytes(draft.params) + sum(x.nbytes for x in jax.tree.leaves(head))
     read += kv_bytes(draft.config.layer, setting.batch, setting.context)
     draft_floor = passes * machine.floor(read)
-    yield Row(f"draft of {tree}, {label}", drafting, draft_floor, f"{passes} passes")
-
-    out, logits = forward(target, proposal, state)
-    sample = jax.jit(_sample, static_argnums=2)
-    sampling = timed(sample, proposal, state, plan, logits)
-    yield Row(f"sampling of {nodes}, {label}", sampling, machine.floor(logits.nbytes))
-    put = jax.jit(_commit, donate_argnums=0)
-    pools = jax.tree.map(jnp.copy, state.cache)
-    committing = _time_donated(lambda cache: put(cache, out, nodes - 1), pools)
-    written = 2 * sum(x.nbytes for x in jax.tree.leaves(out.new_kv))
-    yield Row(f"commit of {nodes}, {label}", committing, machine.floor(written))
-
-    overhead = 1 - (verification + drafting) / whole
-    note = f"{overhead:.1%} outside of target and draft; {whole / plain:.2f} plain steps"
+    note = f"{whole / plain:.2f} plain steps"
     yield Row(f"round of {tree}, {label}", whole, floor + draft_floor, note)
 
+    def expand(carry, state, target, draft, head):
+        cache, _ = carry
+        state = state.replace(draft_cache=cache)
+        grown, proposal = propose(target, draft, head, plan, state)
+        return grown.replace(length=cache.length), proposal  # the same place every time
 
-def _forward(target, proposal, state):
-    out = target(proposal.tokens, proposal.tree, state.cache)
-    return out, target.head(out.x)
+    rest = state.replace(draft_cache=None)
+    proposal = jax.eval_shape(propose, target, draft, head, plan, state)[1]
+    proposal = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), proposal)
+    drafting, (_, proposal) = per_iteration(
+        expand, (state.draft_cache, proposal), many, rest, target, draft, head
+    )
+    yield Row(f"draft of {tree}, {label}", drafting, draft_floor, f"{passes} passes")
 
+    def forward(carry, tree, cache, target):
+        out = target(carry[0], tree, cache)
+        logits = target.head(out.x)
+        return order_after(logits, carry[0]), logits, out
 
-def _expand(target, draft, head, plan, state):
-    draft_cache, proposal = propose(target, draft, head, plan, state)
-    return proposal, draft_cache.length  # the cache itself would be copied out
+    begin = jax.eval_shape(forward, (proposal.tokens,), proposal.tree, state.cache, target)
+    begin = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), begin)
+    verification, (_, logits, out) = per_iteration(
+        forward, (proposal.tokens, *begin[1:]), many, proposal.tree, state.cache, target
+    )
+    ratio = f"{verification / plain:.2f} x the plain step"
+    yield Row(f"verification of {nodes}, {label}", verification, floor, ratio)
+    overhead = 1 - (verification + drafting) / whole
+    yield Row(f"overhead of {tree}, {label}", overhead * whole, 0.0, f"{overhead:.1%} of the round")
 
+    def sample(carry, proposal, logits, sampling):
+        verdict = verify(
+            proposal.tree, proposal.tokens, proposal.law, logits, carry[0], sampling,
+            max_depth=passes, max_children=plan.shape.max_children,
+        )  # fmt: skip
+        return order_after(verdict.bonus, carry[0]), verdict
 
-def _sample(proposal, state, plan, logits):
-    return verify(
-        proposal.tree, proposal.tokens, proposal.law, logits, state.cache.length, state.sampling,
-        max_depth=plan.shape.max_depth, max_children=plan.shape.max_children,
-    )  # fmt: skip
+    for sampling in (SamplingParams(), SamplingParams(temperature=0.8, top_p=0.9)):
+        stacked = Sampling.stack([sampling] * setting.batch)
+        length = jnp.copy(state.cache.length)
+        verdict = jax.eval_shape(sample, (length,), proposal, logits, stacked)[1]
+        verdict = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), verdict)
+        seconds, _ = per_iteration(sample, (length, verdict), many, proposal, logits, stacked)
+        name = f"sampling of {nodes} at T = {sampling.temperature}, {label}"
+        yield Row(name, seconds, machine.floor(logits.nbytes))
 
+    def put(cache, out):
+        last_B1 = jnp.full((setting.batch, 1), nodes - 1, jnp.int32)
+        count_B = order_after(out.x, jnp.ones_like(cache.length))
+        return commit(cache, out.new_kv, last_B1, count_B).replace(length=cache.length)
 
-def _commit(cache, out, last):
-    """One row of each sequence, at the same place every time."""
-    path_B1 = jnp.full((cache.length.shape[0], 1), last, jnp.int32)
-    count_B = order_after(out.x, jnp.ones_like(cache.length))
-    return commit(cache, out.new_kv, path_B1, count_B).replace(length=cache.length)
-
-
-def _time_donated(step, state, repetitions: int = 5) -> float:
-    state = jax.block_until_ready(step(state))
-    seconds = []
-    for _ in range(repetitions):
-        begin = time.perf_counter()
-        state = jax.block_until_ready(step(state))
-        seconds.append(time.perf_counter() - begin)
-    return float(np.median(seconds))
+    seconds, _ = per_iteration(put, state.cache, many, out)
+    written = 2 * sum(x.nbytes for x in jax.tree.leaves(out.new_kv)) // nodes
+    yield Row(f"commit of one row, {label}", seconds, machine.floor(written))
 
 
 # ---- attention alone ---------------------------------------------------------------------------
@@ -358,7 +388,9 @@ def measure_grown(
 # ---- the program -------------------------------------------------------------------------------
 
 
-def measurements(machine: Machine, sizes: Sizes) -> Iterator[tuple[str, Iterator[Row]]]:
+def measurements(
+    machine: Machine, sizes: Sizes, in_time: Callable[[], bool]
+) -> Iterator[tuple[str, Iterator[Row]]]:
     """What to measure, the most telling first."""
     kernels = functools.partial(
         tree_attention, implementation=sizes.attention, interpret=sizes.interpret
@@ -376,6 +408,9 @@ def measurements(machine: Machine, sizes: Sizes) -> Iterator[tuple[str, Iterator
     yield from attention(sizes.attention, kernels, [first], sizes.batches, sizes.nodes)
     for name, attend in peers().items():
         yield from attention(name, attend, [first], sizes.batches, sizes.nodes[-2:][:1])
+    if not in_time():
+        yield "rounds, and attention at other contexts", iter(())
+        return
     target, draft = random_models(sizes)
     for batch, context, trees in sizes.rounds:
         setting = Setting(machine, sizes, target, draft, batch, context)
@@ -404,31 +439,36 @@ def main(
     enable_compilation_cache()
     sizes = tiny() if rehearse else Sizes()
     results: dict[str, Any] = {"machine": describe_machine(), "rehearsal": rehearse}
-    wrong = check_kernels(console, interpret=sizes.interpret, few=rehearse)
-    results["numerics"] = wrong or "every kernel within its bound"
-    if not wrong and grown:
-        results["grown"] = []
-        for row in measure_grown(sizes, model, draft, console, in_time):
-            results["grown"].append(row)
-            console.print(row)
-    elif not wrong:
-        machine = measure_machine(sizes)
-        results["limits"] = dataclasses.asdict(machine)
-        console.print(
-            f"copy {machine.bytes_per_second / 1e9:.0f} GB/s, "
-            f"bf16 products {machine.flops_per_second / 1e12:.1f} TFLOP/s"
-        )
-        results |= _measure_all(machine, sizes, console, in_time)
-    if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(results, indent=1) + "\n")
-    raise typer.Exit(1 if wrong else 0)
+    try:
+        wrong = check_kernels(console, interpret=sizes.interpret, few=rehearse)
+        results["numerics"] = wrong or "every kernel within its bound"
+        if wrong:
+            raise typer.Exit(1)
+        if grown:
+            results["grown"] = []
+            for row in measure_grown(sizes, model, draft, console, in_time):
+                results["grown"].append(row)
+                console.print(row)
+        else:
+            _measure_all(sizes, results, console, in_time)
+            if rehearse and results["left_out"]:
+                raise typer.Exit(1)
+    finally:  # what was measured is kept, whatever ends the run
+        if out:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text(json.dumps(results, indent=1) + "\n")
 
 
-def _measure_all(machine, sizes, console: Console, in_time: Callable[[], bool]) -> dict[str, Any]:
-    """Rows until the time is up, and what was left out."""
-    rows, left_out = [], []
-    for name, measured in measurements(machine, sizes):
+def _measure_all(sizes, results: dict, console: Console, in_time: Callable[[], bool]) -> None:
+    """Adds rows to the results until the time is up, and what was left out."""
+    machine = measure_machine(sizes)
+    results["limits"] = dataclasses.asdict(machine)
+    console.print(
+        f"copy {machine.bytes_per_second / 1e9:.0f} GB/s, "
+        f"bf16 products {machine.flops_per_second / 1e12:.1f} TFLOP/s"
+    )
+    rows, left_out = results.setdefault("rows", []), results.setdefault("left_out", [])
+    for name, measured in measurements(machine, sizes, in_time):
         try:
             while in_time():
                 row = next(measured)
@@ -440,11 +480,10 @@ def _measure_all(machine, sizes, console: Console, in_time: Callable[[], bool]) 
             left_out.append(name)
         except StopIteration:
             continue
-        except jax.errors.JaxRuntimeError as error:  # out of memory: go on with the rest
-            left_out.append(f"{name}: {str(error).splitlines()[0]}")
+        except Exception as error:  # out of memory, a peer that does not run: go on with the rest
+            left_out.append(f"{name}: {type(error).__name__}: {str(error).splitlines()[0]}")
     if left_out:
         console.print(f"left out: {'; '.join(left_out)}")
-    return {"rows": rows, "left_out": left_out}
 
 
 if __name__ == "__main__":

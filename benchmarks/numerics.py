@@ -1,4 +1,4 @@
-"""Every form of the attention kernels against float64, on whatever runs them here."""
+"""The attention kernels against float64, on whatever runs them here."""
 
 import functools
 from concurrent.futures import ThreadPoolExecutor

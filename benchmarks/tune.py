@@ -5,7 +5,8 @@
 For each named shape, tree size and dtype of the pages, every candidate is timed at one context and
 two batch sizes; the one with the least sum of ratios to the best wins. The table goes into
 pallas_kernels/tree_attention/, where `config.tile_config` looks first: commit it with a word on the
-machine. Takes about a quarter of an hour on one GPU; shapes are written as they are finished.
+machine. A shape compiles some hundreds of programs; each is written as soon as it is finished. Not
+yet run on a GPU.
 """
 
 import dataclasses
@@ -69,8 +70,15 @@ def measure(
         choices = choices[:3]
     ratios = dict.fromkeys(choices, 0.0)
     for batch in batches:
-        seconds = {}
+        seconds: dict[config.TileConfig, float] = {}
+        compiled: dict[tuple, float] = {}  # most numbers of programs lead to the same splits
         for tiles in track(choices, f"{nodes} nodes, {dtype}, batch {batch}", transient=True):
+            tile_count = batch * shape.num_kv_heads * -(-nodes * shape.group // tiles.block_q)
+            splits = config.num_splits(tiles, programs=tile_count, capacity=context)
+            same = dataclasses.replace(tiles, programs=0), splits
+            if same in compiled:
+                seconds[tiles] = compiled[same]
+                continue
             attend = functools.partial(
                 tree_attention_triton, config=tiles, scale=shape.head_dim**-0.5, interpret=rehearse
             )
@@ -81,7 +89,10 @@ def measure(
                 )  # fmt: skip
             except jax.errors.JaxRuntimeError:  # too much shared memory: no candidate
                 seconds[tiles] = float("inf")
+            compiled[same] = seconds[tiles]
         least = min(seconds.values())
+        if least == float("inf"):
+            raise RuntimeError(f"no tiles compile for {shape}, {nodes} nodes, {dtype}")
         for tiles in choices:
             ratios[tiles] += seconds[tiles] / least / len(batches)
     best = min(choices, key=lambda tiles: ratios[tiles])

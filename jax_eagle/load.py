@@ -34,7 +34,8 @@ def load_target(
 
     Args:
       dtype: of the parameters and of the computation; None: float32 on CPU, bfloat16 on GPU.
-      mesh: devices to spread the parameters over (`sharding.make_mesh`); None: one device.
+      mesh: devices to spread the parameters over (`sharding.make_mesh`); None: one device. Each
+        array passes through the first device, and so far the whole model does at once.
       attention: "reference" or "triton"; None: the best one here.
 
     Raises:

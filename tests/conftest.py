@@ -10,8 +10,6 @@ os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "jax-eagle" / "xla-tests")
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
-# Most programs here are tiny: optimising their machine code takes longer than running them.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402

