@@ -66,5 +66,5 @@ def test_temporaries_do_not_grow_with_the_pool():
     large, many = compiled(None, "all", 1000)
     pool_growth = sum(p.nbytes for p in many) - sum(p.nbytes for p in few)
     growth = large.memory_analysis().temp_size_in_bytes - small.memory_analysis().temp_size_in_bytes
-    # Attention reads one block of pages at a time; what grows is that block.
-    assert pool_growth > 0 and growth < 0.5 * pool_growth
+    # What grows is what the attention of one layer gathers, not that of all layers.
+    assert pool_growth > 0 and growth < 1.1 * pool_growth / CONFIG.num_layers
