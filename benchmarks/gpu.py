@@ -30,23 +30,16 @@ from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import typer
 from rich.console import Console
 
-from jax_eagle import Draft, SamplingParams, Target, bench, load_draft, load_target
-from jax_eagle.cache import commit
+from jax_eagle import Draft, Target, bench, load_draft, load_target
 from jax_eagle.compilation_cache import enable_compilation_cache
 from jax_eagle.draft import init_draft_params
-from jax_eagle.generate import decode, propose
 from jax_eagle.llama import init_params
 from jax_eagle.machine import describe_machine
 from jax_eagle.program import run_program
-from jax_eagle.sampling import Sampling
 from jax_eagle.sharding import Backend
-from jax_eagle.state import DecodeState, Plan
-from jax_eagle.verify import verify
-from pallas_kernels.compat import order_after
 from pallas_kernels.tree_attention import tree_attention
 from pallas_kernels.tree_attention.shapes import NODES, SHAPES
 
@@ -55,26 +48,9 @@ from .grow import describe, grow_draft, grow_target
 from .numerics import check_kernels
 from .peers import peers
 from .prompts import as_chat, mt_bench
-from .synthetic import DRAFT_8B, LLAMA_8B, make_plan, make_state
-
-TREES = {4: "chain:3", 8: "static:8", 16: "static:16", 64: "static:medusa-64"}
-"""Trees by number of nodes; one node is plain decoding."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One measurement."""
-
-    name: str
-    seconds: float
-    floor_seconds: float
-    """The least time that this machine's measured bandwidth and peak allow."""
-    note: str = ""
-
-    @property
-    def share(self) -> float:
-        """Of the floor that was reached: 1 is perfect."""
-        return self.floor_seconds / self.seconds if self.seconds else 0.0
+from .rounds import Setting, measure_rounds
+from .synthetic import DRAFT_8B, LLAMA_8B
+from .timing import Machine, Row, measure_machine
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,64 +97,6 @@ def tiny() -> Sizes:
     )  # fmt: skip
 
 
-@dataclasses.dataclass(frozen=True)
-class Machine:
-    """What this machine can do at best, measured."""
-
-    bytes_per_second: float
-    """Read and written by a copy."""
-    flops_per_second: float
-    """Of a bf16 matrix product."""
-
-    def floor(self, num_bytes: float, flops: float = 0.0) -> float:
-        """Seconds that reading the bytes and doing the arithmetic take at least."""
-        return max(num_bytes / self.bytes_per_second, flops / self.flops_per_second)
-
-
-def measure_machine(sizes: Sizes) -> Machine:
-    """Copy bandwidth and matrix peak."""
-    x = jnp.zeros(sizes.copy_bytes // 4, jnp.float32)
-    copied = 2 * x.nbytes / per_iteration(lambda x: x + 1, x, sizes.repetitions)[0]
-    n = sizes.matrix
-    a = jax.random.normal(jax.random.key(0), (n, n), jnp.bfloat16)
-    b = a[::-1] * n**-0.5  # products of products stay of the same size
-    seconds = per_iteration(lambda a, b: (a @ b).astype(a.dtype), a, sizes.repetitions, b)[0]
-    return Machine(copied, 2 * n**3 / seconds)
-
-
-def per_iteration(step: Callable[..., Any], carry: Any, many: int, *constant) -> tuple[float, Any]:
-    """(seconds of `step(carry, *constant) -> carry`, carry after): inside one compiled loop.
-
-    Long loops less short ones: neither the dispatch of a call nor its compilation counts. The
-    carry is donated.
-    """
-
-    @functools.partial(jax.jit, donate_argnums=0)
-    def loop(carry, count, constant):
-        return jax.lax.fori_loop(0, count, lambda _, carry: step(carry, *constant), carry)
-
-    return time_loops(lambda carry, count: loop(carry, np.int32(count), constant), carry, many)
-
-
-def time_loops(loop: Callable[[Any, int], Any], carry: Any, many: int) -> tuple[float, Any]:
-    """(seconds an iteration, carry after) of `loop(carry, iterations)`."""
-    seconds = []
-    for count in loop_counts(many):
-        begin = time.perf_counter()
-        carry = jax.block_until_ready(loop(carry, count))
-        seconds.append(time.perf_counter() - begin)
-    return float(np.median(seconds[2::2]) - np.median(seconds[1::2])) / many, carry
-
-
-def loop_counts(many: int) -> list[int]:
-    """Iterations of the calls that are timed; the first compiles."""
-    few = max(1, many // 4)
-    return [1, *3 * [few, few + many]]
-
-
-# ---- the round of a large target ---------------------------------------------------------------
-
-
 def random_models(sizes: Sizes) -> tuple[Target, Draft]:
     """Random weights made on the device, in the shapes of `sizes`."""
     key = jax.random.key(0)
@@ -188,132 +106,6 @@ def random_models(sizes: Sizes) -> tuple[Target, Draft]:
     draft_params = jax.jit(functools.partial(init_draft_params, sizes.draft))(key)
     mapping = jnp.arange(sizes.draft.draft_vocab_size, dtype=jnp.int32)
     return target, Draft(draft_params, mapping, sizes.draft)
-
-
-def weight_bytes(params: Any) -> int:
-    """Bytes that a step reads: all weights but the embedding, of which it reads a few rows."""
-    rest = {name: x for name, x in params.items() if name != "embed"}
-    return sum(x.nbytes for x in jax.tree.leaves(rest))
-
-
-def kv_bytes(config, batch: int, context: int) -> int:
-    """Bytes of keys and values that one forward reads."""
-    row = 2 * config.num_layers * config.num_kv_heads * config.head_dim
-    return batch * context * row * jnp.dtype(config.dtype).itemsize
-
-
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """What the measurements of one round have in common."""
-
-    machine: Machine
-    sizes: Sizes
-    target: Target
-    draft: Draft
-    batch: int
-    context: int
-
-    def floor(self, nodes: int) -> float:
-        """Of one forward of the target: weights and cache read, products made."""
-        config, parameters = self.target.config, weight_bytes(self.target.params)
-        flops = 2 * nodes * self.batch * parameters / jnp.dtype(config.dtype).itemsize
-        read = parameters + kv_bytes(config, self.batch, self.context)
-        return self.machine.floor(read, flops)
-
-    def time_rounds(self, tree: str, head: Any) -> tuple[float, Plan, DecodeState]:
-        """(seconds a round, its plan, a state in the middle)."""
-        plan, many = make_plan(tree, self.batch), self.sizes.repetitions
-        draft = None if head is None else self.draft
-        room = 2 * sum(loop_counts(many)) * plan.path_length
-        state = make_state(
-            self.target, draft, plan, batch=self.batch, context=self.context, room=room
-        )
-
-        def loop(state, rounds):
-            return decode(self.target, draft, head, plan, state, np.int32(rounds))
-
-        seconds, state = time_loops(loop, state, many)
-        if np.asarray(state.done).any():
-            raise RuntimeError("the rounds ran out of room")
-        return seconds, plan, state
-
-
-def measure_rounds(setting: Setting, sizes_of_trees: tuple[int, ...]) -> Iterator[Row]:
-    """The plain step, then for each tree the whole round and its parts."""
-    label = f"batch {setting.batch}, {setting.context} tokens"
-    plain = setting.time_rounds("root", None)[0]
-    yield Row(f"plain step, {label}", plain, setting.floor(1))
-    head = jax.jit(lambda draft, target: draft.bind_head(target))(setting.draft, setting.target)
-    for nodes in sizes_of_trees:
-        yield from _measure_tree(setting, nodes, head, plain, label)
-
-
-def _measure_tree(
-    setting: Setting, nodes: int, head: Any, plain: float, label: str
-) -> Iterator[Row]:
-    target, draft, machine, tree = setting.target, setting.draft, setting.machine, TREES[nodes]
-    whole, plan, state = setting.time_rounds(tree, head)
-    many = setting.sizes.repetitions
-    floor, passes = setting.floor(nodes), plan.shape.max_depth
-    read = weight_bytes(draft.params) + sum(x.nbytes for x in jax.tree.leaves(head))
-    read += kv_bytes(draft.config.layer, setting.batch, setting.context)
-    draft_floor = passes * machine.floor(read)
-    note = f"{whole / plain:.2f} plain steps"
-    yield Row(f"round of {tree}, {label}", whole, floor + draft_floor, note)
-
-    def expand(carry, state, target, draft, head):
-        cache, _ = carry
-        state = state.replace(draft_cache=cache)
-        grown, proposal = propose(target, draft, head, plan, state)
-        return grown.replace(length=cache.length), proposal  # the same place every time
-
-    rest = state.replace(draft_cache=None)
-    proposal = jax.eval_shape(propose, target, draft, head, plan, state)[1]
-    proposal = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), proposal)
-    drafting, (_, proposal) = per_iteration(
-        expand, (state.draft_cache, proposal), many, rest, target, draft, head
-    )
-    yield Row(f"draft of {tree}, {label}", drafting, draft_floor, f"{passes} passes")
-
-    def forward(carry, tree, cache, target):
-        out = target(carry[0], tree, cache)
-        logits = target.head(out.x)
-        return order_after(logits, carry[0]), logits, out
-
-    begin = jax.eval_shape(forward, (proposal.tokens,), proposal.tree, state.cache, target)
-    begin = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), begin)
-    verification, (_, logits, out) = per_iteration(
-        forward, (proposal.tokens, *begin[1:]), many, proposal.tree, state.cache, target
-    )
-    ratio = f"{verification / plain:.2f} x the plain step"
-    yield Row(f"verification of {nodes}, {label}", verification, floor, ratio)
-    overhead = 1 - (verification + drafting) / whole
-    yield Row(f"overhead of {tree}, {label}", overhead * whole, 0.0, f"{overhead:.1%} of the round")
-
-    def sample(carry, proposal, logits, sampling):
-        verdict = verify(
-            proposal.tree, proposal.tokens, proposal.law, logits, carry[0], sampling,
-            max_depth=passes, max_children=plan.shape.max_children,
-        )  # fmt: skip
-        return order_after(verdict.bonus, carry[0]), verdict
-
-    for sampling in (SamplingParams(), SamplingParams(temperature=0.8, top_p=0.9)):
-        stacked = Sampling.stack([sampling] * setting.batch)
-        length = jnp.copy(state.cache.length)
-        verdict = jax.eval_shape(sample, (length,), proposal, logits, stacked)[1]
-        verdict = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), verdict)
-        seconds, _ = per_iteration(sample, (length, verdict), many, proposal, logits, stacked)
-        name = f"sampling of {nodes} at T = {sampling.temperature}, {label}"
-        yield Row(name, seconds, machine.floor(logits.nbytes))
-
-    def put(cache, out):
-        last_B1 = jnp.full((setting.batch, 1), nodes - 1, jnp.int32)
-        count_B = order_after(out.x, jnp.ones_like(cache.length))
-        return commit(cache, out.new_kv, last_B1, count_B).replace(length=cache.length)
-
-    seconds, _ = per_iteration(put, state.cache, many, out)
-    written = 2 * sum(x.nbytes for x in jax.tree.leaves(out.new_kv)) // nodes
-    yield Row(f"commit of one row, {label}", seconds, machine.floor(written))
 
 
 # ---- attention alone ---------------------------------------------------------------------------
@@ -413,7 +205,7 @@ def measurements(
         return
     target, draft = random_models(sizes)
     for batch, context, trees in sizes.rounds:
-        setting = Setting(machine, sizes, target, draft, batch, context)
+        setting = Setting(machine, sizes.repetitions, target, draft, batch, context)
         yield f"rounds, batch {batch}, {context} tokens", measure_rounds(setting, trees)
     del target, draft, setting  # room for long caches
     yield from attention(sizes.attention, kernels, others, sizes.batches, sizes.nodes)
@@ -461,7 +253,9 @@ def main(
 
 def _measure_all(sizes, results: dict, console: Console, in_time: Callable[[], bool]) -> None:
     """Adds rows to the results until the time is up, and what was left out."""
-    machine = measure_machine(sizes)
+    machine = measure_machine(
+        copy_bytes=sizes.copy_bytes, matrix=sizes.matrix, many=sizes.repetitions
+    )
     results["limits"] = dataclasses.asdict(machine)
     console.print(
         f"copy {machine.bytes_per_second / 1e9:.0f} GB/s, "

@@ -1,15 +1,17 @@
-"""Weights in column blocks: on a CPU, matrix products of few rows at the speed of memory.
+"""Matrix products of few rows at the speed of memory.
 
-XLA's CPU product of a few rows rearranges the weights on every call, which costs as much as
-reading them: verifying a small tree then takes nearly twice a plain step, and speculation gains
-nothing. Blocks [out / 64, in, 64] are used as they lie. Measured on two EPYC cores in float32,
-kernel 1536 x 576: 16.1 -> 19.6 GB/s for one row, 12.6 -> 22.3 for two, 9.9 -> 19.8 for four,
-12.2 -> 16.0 for eight. A forward of SmolLM2-135M over four nodes takes 45 ms instead of 62. Where
-blocks are slower (many rows; one row and many columns) the ordinary kernel is used. GPUs need none
-of this.
+On a CPU: weights in column blocks. XLA's product of a few rows rearranges the weights on every
+call, which costs as much as reading them: verifying a small tree then takes nearly twice a plain
+step, and speculation gains nothing. Blocks [out / 64, in, 64] are used as they lie. Measured on
+two EPYC cores in float32, kernel 1536 x 576: 16.1 -> 19.6 GB/s for one row, 12.6 -> 22.3 for two,
+9.9 -> 19.8 for four, 12.2 -> 16.0 for eight. A forward of SmolLM2-135M over four nodes takes 45 ms
+instead of 62. Where blocks are slower (many rows; one row and many columns) the ordinary kernel is
+used.
 
 `Target.pack` and `Draft.pack` keep the blocks in the parameter tree, beside the kernel they repeat:
 parameters that are replaced take their blocks with them. A packed model is twice as large.
+
+On a GPU: one row is multiplied as eight (see `_padded`); blocks are not needed.
 """
 
 import functools

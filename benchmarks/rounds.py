@@ -1,0 +1,150 @@
+"""The round of a large target, and its parts, each timed in a loop of its own."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_eagle import Draft, SamplingParams, Target
+from jax_eagle.cache import commit
+from jax_eagle.generate import decode, propose
+from jax_eagle.sampling import Sampling
+from jax_eagle.state import DecodeState, Plan
+from jax_eagle.verify import verify
+from pallas_kernels.compat import order_after
+
+from .synthetic import make_plan, make_state
+from .timing import Machine, Row, loop_counts, per_iteration, time_loops
+
+TREES = {4: "chain:3", 8: "static:8", 16: "static:16", 64: "static:medusa-64"}
+"""Trees by number of nodes; one node is plain decoding."""
+
+
+def weight_bytes(params: Any) -> int:
+    """Bytes that a step reads: all weights but the embedding, of which it reads a few rows."""
+    rest = {name: x for name, x in params.items() if name != "embed"}
+    return sum(x.nbytes for x in jax.tree.leaves(rest))
+
+
+def kv_bytes(config, batch: int, context: int) -> int:
+    """Bytes of keys and values that one forward reads."""
+    row = 2 * config.num_layers * config.num_kv_heads * config.head_dim
+    return batch * context * row * jnp.dtype(config.dtype).itemsize
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What the measurements of one round have in common."""
+
+    machine: Machine
+    many: int
+    """Iterations of the loops that are timed."""
+    target: Target
+    draft: Draft
+    batch: int
+    context: int
+
+    def floor(self, nodes: int) -> float:
+        """Of one forward of the target: weights and cache read, products made."""
+        config, parameters = self.target.config, weight_bytes(self.target.params)
+        flops = 2 * nodes * self.batch * parameters / jnp.dtype(config.dtype).itemsize
+        read = parameters + kv_bytes(config, self.batch, self.context)
+        return self.machine.floor(read, flops)
+
+    def time_rounds(self, tree: str, head: Any) -> tuple[float, Plan, DecodeState]:
+        """(seconds a round, its plan, a state in the middle)."""
+        plan, many = make_plan(tree, self.batch), self.many
+        draft = None if head is None else self.draft
+        room = 2 * sum(loop_counts(many)) * plan.path_length
+        state = make_state(
+            self.target, draft, plan, batch=self.batch, context=self.context, room=room
+        )
+
+        def loop(state, rounds):
+            return decode(self.target, draft, head, plan, state, np.int32(rounds))
+
+        seconds, state = time_loops(loop, state, many)
+        if np.asarray(state.done).any():
+            raise RuntimeError("the rounds ran out of room")
+        return seconds, plan, state
+
+
+def measure_rounds(setting: Setting, sizes_of_trees: tuple[int, ...]) -> Iterator[Row]:
+    """The plain step, then for each tree the whole round and its parts."""
+    label = f"batch {setting.batch}, {setting.context} tokens"
+    plain = setting.time_rounds("root", None)[0]
+    yield Row(f"plain step, {label}", plain, setting.floor(1))
+    head = jax.jit(lambda draft, target: draft.bind_head(target))(setting.draft, setting.target)
+    for nodes in sizes_of_trees:
+        yield from _measure_tree(setting, nodes, head, plain, label)
+
+
+def _measure_tree(
+    setting: Setting, nodes: int, head: Any, plain: float, label: str
+) -> Iterator[Row]:
+    target, draft, machine, tree = setting.target, setting.draft, setting.machine, TREES[nodes]
+    whole, plan, state = setting.time_rounds(tree, head)
+    many = setting.many
+    floor, passes = setting.floor(nodes), plan.shape.max_depth
+    read = weight_bytes(draft.params) + sum(x.nbytes for x in jax.tree.leaves(head))
+    read += kv_bytes(draft.config.layer, setting.batch, setting.context)
+    draft_floor = passes * machine.floor(read)
+    note = f"{whole / plain:.2f} plain steps"
+    yield Row(f"round of {tree}, {label}", whole, floor + draft_floor, note)
+
+    def expand(carry, state, target, draft, head):
+        cache, _ = carry
+        state = state.replace(draft_cache=cache)
+        grown, proposal = propose(target, draft, head, plan, state)
+        return grown.replace(length=cache.length), proposal  # the same place every time
+
+    rest = state.replace(draft_cache=None)
+    proposal = jax.eval_shape(propose, target, draft, head, plan, state)[1]
+    proposal = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), proposal)
+    drafting, (_, proposal) = per_iteration(
+        expand, (state.draft_cache, proposal), many, rest, target, draft, head
+    )
+    yield Row(f"draft of {tree}, {label}", drafting, draft_floor, f"{passes} passes")
+
+    def forward(carry, tree, cache, target):
+        out = target(carry[0], tree, cache)
+        logits = target.head(out.x)
+        return order_after(logits, carry[0]), logits, out
+
+    begin = jax.eval_shape(forward, (proposal.tokens,), proposal.tree, state.cache, target)
+    begin = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), begin)
+    verification, (_, logits, out) = per_iteration(
+        forward, (proposal.tokens, *begin[1:]), many, proposal.tree, state.cache, target
+    )
+    ratio = f"{verification / plain:.2f} x the plain step"
+    yield Row(f"verification of {nodes}, {label}", verification, floor, ratio)
+    overhead = 1 - (verification + drafting) / whole
+    yield Row(f"overhead of {tree}, {label}", overhead * whole, 0.0, f"{overhead:.1%} of the round")
+
+    def sample(carry, proposal, logits, sampling):
+        verdict = verify(
+            proposal.tree, proposal.tokens, proposal.law, logits, carry[0], sampling,
+            max_depth=passes, max_children=plan.shape.max_children,
+        )  # fmt: skip
+        return order_after(verdict.bonus, carry[0]), verdict
+
+    for sampling in (SamplingParams(), SamplingParams(temperature=0.8, top_p=0.9)):
+        stacked = Sampling.stack([sampling] * setting.batch)
+        length = jnp.copy(state.cache.length)
+        verdict = jax.eval_shape(sample, (length,), proposal, logits, stacked)[1]
+        verdict = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), verdict)
+        seconds, _ = per_iteration(sample, (length, verdict), many, proposal, logits, stacked)
+        name = f"sampling of {nodes} at T = {sampling.temperature}, {label}"
+        yield Row(name, seconds, machine.floor(logits.nbytes))
+
+    def put(cache, out):
+        last_B1 = jnp.full((setting.batch, 1), nodes - 1, jnp.int32)
+        count_B = order_after(out.x, jnp.ones_like(cache.length))
+        return commit(cache, out.new_kv, last_B1, count_B).replace(length=cache.length)
+
+    seconds, _ = per_iteration(put, state.cache, many, out)
+    written = 2 * sum(x.nbytes for x in jax.tree.leaves(out.new_kv)) // nodes
+    yield Row(f"commit of one row, {label}", seconds, machine.floor(written))
