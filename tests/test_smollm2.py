@@ -48,12 +48,12 @@ def test_greedy_text_equals_the_goldens(target, golden):
     assert report.equal, str(report)
 
 
-NUM_QUESTIONS, NEW_TOKENS = 6, 24
+NUM_QUESTIONS, NEW_TOKENS = 12, 24
 
 
 @pytest.fixture(scope="module")
 def questions(target):
-    """Six of MT-Bench's first questions, over all of its categories."""
+    """Twelve of MT-Bench's first questions, over all of its categories."""
     texts = mt_bench()
     return as_chat(target, texts[:: len(texts) // NUM_QUESTIONS][:NUM_QUESTIONS])
 
@@ -66,7 +66,7 @@ def plain(target, questions):
 @pytest.mark.parametrize("tree", [
     "chain:3",
     pytest.param("static:eagle-26", marks=pytest.mark.slow),
-    pytest.param("dynamic:depth=3,width=3,nodes=8", marks=pytest.mark.slow),
+    "dynamic:depth=3,width=3,nodes=8",
 ])  # fmt: skip
 def test_speculation_does_not_change_the_text(target, questions, plain, tree):
     """`python -m benchmarks.lossless` does this with all questions, longer, and in batches of 1."""
