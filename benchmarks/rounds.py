@@ -102,8 +102,7 @@ def _measure_tree(
         return grown.replace(length=cache.length), proposal  # the same place every time
 
     rest = state.replace(draft_cache=None)
-    proposal = jax.eval_shape(propose, target, draft, head, plan, state)[1]
-    proposal = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), proposal)
+    proposal = _zeros(expand, (state.draft_cache, None), rest, target, draft, head)[1]
     drafting, (_, proposal) = per_iteration(
         expand, (state.draft_cache, proposal), many, rest, target, draft, head
     )
@@ -114,10 +113,9 @@ def _measure_tree(
         logits = target.head(out.x)
         return order_after(logits, carry[0]), logits, out
 
-    begin = jax.eval_shape(forward, (proposal.tokens,), proposal.tree, state.cache, target)
-    begin = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), begin)
+    begin = _zeros(forward, (proposal.tokens,), proposal.tree, state.cache, target)
     verification, (_, logits, out) = per_iteration(
-        forward, (proposal.tokens, *begin[1:]), many, proposal.tree, state.cache, target
+        forward, (jnp.copy(proposal.tokens), *begin[1:]), many, proposal.tree, state.cache, target
     )
     ratio = f"{verification / plain:.2f} x the plain step"
     yield Row(f"verification of {nodes}, {label}", verification, floor, ratio)
@@ -134,8 +132,7 @@ def _measure_tree(
     for sampling in (SamplingParams(), SamplingParams(temperature=0.8, top_p=0.9)):
         stacked = Sampling.stack([sampling] * setting.batch)
         length = jnp.copy(state.cache.length)
-        verdict = jax.eval_shape(sample, (length,), proposal, logits, stacked)[1]
-        verdict = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), verdict)
+        verdict = _zeros(sample, (length,), proposal, logits, stacked)[1]
         seconds, _ = per_iteration(sample, (length, verdict), many, proposal, logits, stacked)
         name = f"sampling of {nodes} at T = {sampling.temperature}, {label}"
         yield Row(name, seconds, machine.floor(logits.nbytes))
@@ -148,3 +145,8 @@ def _measure_tree(
     seconds, _ = per_iteration(put, state.cache, many, out)
     written = 2 * sum(x.nbytes for x in jax.tree.leaves(out.new_kv)) // nodes
     yield Row(f"commit of one row, {label}", seconds, machine.floor(written))
+
+
+def _zeros(step, *arguments):
+    """Zeros of the shapes that `step` returns: what a loop begins with."""
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(step, *arguments))
