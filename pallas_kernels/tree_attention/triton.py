@@ -83,7 +83,8 @@ def tree_attention_triton(
     partial = _Running(sums.update(shape=(*sums.shape, H)), sums, sums)
     part = call(_prefix_kernel, inputs, rows=config.block_q, grid=tiles * splits, out_shape=partial)
     # Small tiles have the merge over sooner; the own keys of a chunk of a prompt want large ones.
-    rows = config.merge_q if M * N // K <= MAX_ROWS else config.block_q
+    chunk = tree_mask_BMX is None and M * N // K > MAX_ROWS
+    rows = config.block_q if chunk else config.merge_q
     return call(_merge_kernel, inputs, part, rows=rows, grid=-(-M * N // K // rows), out_shape=out)
 
 
