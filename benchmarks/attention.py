@@ -1,6 +1,5 @@
 """Times one attention layer as a decoder meets it: many layers' pages, none of them in a cache."""
 
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -8,21 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_eagle.config import LlamaConfig
 from pallas_kernels.tree_attention.shapes import AttentionShape, abstract_inputs
 
-
-def timed(call: Callable[..., Any], *args, repetitions: int = 5) -> float:
-    """Median seconds of a call, its results waited for; compiled and warmed before."""
-    jax.block_until_ready(call(*args))
-    seconds = []
-    for _ in range(repetitions):
-        begin = time.perf_counter()
-        jax.block_until_ready(call(*args))
-        seconds.append(time.perf_counter() - begin)
-    return float(np.median(seconds))
+from .timing import per_iteration
 
 
-def prefix_bytes(shape: AttentionShape, *, batch: int, context: int, dtype) -> int:
+def prefix_bytes(shape: AttentionShape | LlamaConfig, *, batch: int, context: int, dtype) -> int:
     """Keys and values of the prefix, which every call has to read."""
     row = 2 * shape.num_kv_heads * shape.head_dim * jnp.dtype(dtype).itemsize
     return batch * context * row
@@ -59,12 +50,10 @@ def seconds_per_call(
     if "k_scale" in like:
         data |= {"k_scale": np.float32(1), "v_scale": np.float32(1)}
 
-    @jax.jit
-    def loop(data, table):
-        def layer(i, q):
-            here = table + i % layers * pages.shape[0]
-            return attend(**(data | {"q_BMNH": q}), page_table_BR=here)
+    def layer(carry, data, table):
+        q, i = carry
+        here = table + i % layers * pages.shape[0]
+        return attend(**data, q_BMNH=q, page_table_BR=here), i + 1
 
-        return jax.lax.fori_loop(0, calls, layer, data["q_BMNH"])
-
-    return timed(loop, data, table.astype(np.int32)) / calls
+    carry = data.pop("q_BMNH"), jnp.int32(0)
+    return per_iteration(layer, carry, calls, data, table.astype(np.int32))[0]

@@ -9,13 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_eagle import Draft, SamplingParams, Target
+from jax_eagle.bench import weight_bytes
 from jax_eagle.cache import commit
+from jax_eagle.config import LlamaConfig
 from jax_eagle.generate import decode, propose
 from jax_eagle.sampling import Sampling
 from jax_eagle.state import DecodeState, Plan
 from jax_eagle.verify import verify
 from pallas_kernels.compat import order_after
 
+from .attention import prefix_bytes
 from .synthetic import make_plan, make_state
 from .timing import Machine, Row, loop_counts, per_iteration, time_loops
 
@@ -23,16 +26,10 @@ TREES = {4: "chain:3", 8: "static:8", 16: "static:16", 64: "static:medusa-64"}
 """Trees by number of nodes; one node is plain decoding."""
 
 
-def weight_bytes(params: Any) -> int:
-    """Bytes that a step reads: all weights but the embedding, of which it reads a few rows."""
-    rest = {name: x for name, x in params.items() if name != "embed"}
-    return sum(x.nbytes for x in jax.tree.leaves(rest))
-
-
-def kv_bytes(config, batch: int, context: int) -> int:
+def kv_bytes(config: LlamaConfig, batch: int, context: int) -> int:
     """Bytes of keys and values that one forward reads."""
-    row = 2 * config.num_layers * config.num_kv_heads * config.head_dim
-    return batch * context * row * jnp.dtype(config.dtype).itemsize
+    layer = prefix_bytes(config, batch=batch, context=context, dtype=config.dtype)
+    return config.num_layers * layer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +46,7 @@ class Setting:
 
     def floor(self, nodes: int) -> float:
         """Of one forward of the target: weights and cache read, products made."""
-        config, parameters = self.target.config, weight_bytes(self.target.params)
+        config, parameters = self.target.config, weight_bytes(self.target)
         flops = 2 * nodes * self.batch * parameters / jnp.dtype(config.dtype).itemsize
         read = parameters + kv_bytes(config, self.batch, self.context)
         return self.machine.floor(read, flops)
@@ -89,7 +86,7 @@ def _measure_tree(
     whole, plan, state = setting.time_rounds(tree, head)
     many = setting.many
     floor, passes = setting.floor(nodes), plan.shape.max_depth
-    read = weight_bytes(draft.params) + sum(x.nbytes for x in jax.tree.leaves(head))
+    read = sum(x.nbytes for x in jax.tree.leaves((draft.params, head)))
     read += kv_bytes(draft.config.layer, setting.batch, setting.context)
     draft_floor = passes * machine.floor(read)
     note = f"{whole / plain:.2f} plain steps"

@@ -83,10 +83,11 @@ def measure(
                 tree_attention_triton, config=tiles, scale=shape.head_dim**-0.5, interpret=rehearse
             )
             try:
-                seconds[tiles] = seconds_per_call(
+                measured = seconds_per_call(
                     attend, shape, batch=batch, context=context, nodes=nodes, kv_dtype=dtype,
                     calls=2 if rehearse else 64,
                 )  # fmt: skip
+                seconds[tiles] = max(measured, 1e-9)  # differences of tiny times may be negative
             except jax.errors.JaxRuntimeError:  # too much shared memory: no candidate
                 seconds[tiles] = float("inf")
             compiled[same] = seconds[tiles]

@@ -116,8 +116,6 @@ class Draft(struct.PyTreeNode):
 
     def pack(self) -> "Draft":
         """On a CPU, the draft with its weights in blocks as well; see `Target.pack`."""
-        if jax.default_backend() != "cpu" or len(jax.tree.leaves(self.params)[0].devices()) > 1:
-            return self
         params = pack_params(EagleDraft(self.config), self.params, *_smallest_call(self.config))
         return self.replace(params=params)
 

@@ -163,8 +163,6 @@ class Target(struct.PyTreeNode):
 
         On other backends, or spread over several devices, the target itself. See `packing`.
         """
-        if jax.default_backend() != "cpu" or self.backend.mesh is not None:
-            return self
         call = jnp.zeros((1, 1), jnp.int32), View(position=jnp.zeros((1, 1), jnp.int32))
         return self.replace(
             params=pack_params(Llama(self.config), self.params, *call, method="initialise")

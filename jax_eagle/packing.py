@@ -102,7 +102,12 @@ def module_blocks(module: nn.Module, kernel_DF: Float[Array, "D F"]) -> jax.Arra
 
 
 def pack_params(module: nn.Module, params: Any, *args, method: str | None = None) -> Any:
-    """`params` with blocks beside the kernels; `args` are a call that reaches every kernel."""
+    """`params` with blocks beside the kernels; `args` are a call that reaches every kernel.
+
+    On other backends than a CPU, or spread over several devices, `params` as they are.
+    """
+    if jax.default_backend() != "cpu" or len(jax.tree.leaves(params)[0].devices()) > 1:
+        return params
     made = _blocks(module, method, params, args)
     return traverse_util.unflatten_dict(
         traverse_util.flatten_dict(params) | traverse_util.flatten_dict(made)
