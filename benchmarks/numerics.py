@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
+from pallas_kernels.tree_attention.inputs import Inputs
 from pallas_kernels.tree_attention.shapes import SHAPES, abstract_inputs
 from pallas_kernels.tree_attention.triton import tree_attention_triton
 
@@ -93,7 +94,7 @@ def relative_error(case: Case, *, interpret: bool) -> float:
     attend = functools.partial(
         tree_attention_triton, scale=shape.head_dim**-0.5, splits=case.splits, interpret=interpret
     )
-    out = np.asarray(jax.jit(attend)(**data), np.float64)
+    out = np.asarray(jax.jit(attend)(Inputs(**data)), np.float64)
     expected = _exact(data, np.tri(nodes, dtype=bool) if form == "causal" else mask)
     return float(np.linalg.norm(out - expected) / np.linalg.norm(expected))
 

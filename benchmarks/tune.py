@@ -22,6 +22,7 @@ from rich.progress import track
 
 from jax_eagle.program import run_program
 from pallas_kernels.tree_attention import config
+from pallas_kernels.tree_attention.inputs import Inputs
 from pallas_kernels.tree_attention.shapes import NODES, SHAPES, AttentionShape
 from pallas_kernels.tree_attention.triton import tree_attention_triton
 
@@ -79,9 +80,8 @@ def measure(
             if same in compiled:
                 seconds[tiles] = compiled[same]
                 continue
-            attend = functools.partial(
-                tree_attention_triton, config=tiles, scale=shape.head_dim**-0.5, interpret=rehearse
-            )
+            options = {"config": tiles, "scale": shape.head_dim**-0.5, "interpret": rehearse}
+            attend = functools.partial(_attend, options)
             try:
                 measured = seconds_per_call(
                     attend, shape, batch=batch, context=context, nodes=nodes, kv_dtype=dtype,
@@ -98,6 +98,10 @@ def measure(
             ratios[tiles] += seconds[tiles] / least / len(batches)
     best = min(choices, key=lambda tiles: ratios[tiles])
     return best, ratios[choices[0]] / ratios[best]
+
+
+def _attend(options: dict, **arrays):
+    return tree_attention_triton(Inputs(**arrays), **options)
 
 
 if __name__ == "__main__":

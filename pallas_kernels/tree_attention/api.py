@@ -7,6 +7,7 @@ H head dimension, P pages in the pool, C tokens per page, R pages per sequence.
 import jax
 from jaxtyping import Array, Bool, Float, Int
 
+from .inputs import Inputs
 from .reference import tree_attention_reference
 from .triton import tree_attention_triton, unsupported
 
@@ -85,21 +86,12 @@ def tree_attention(
         )
     if implementation == "triton" and reason:
         raise ValueError(f"the triton kernels cannot run this: {reason}; use 'reference'")
-    return IMPLEMENTATIONS[implementation](
-        q_BMNH,
-        k_tree_BXKH,
-        v_tree_BXKH,
-        k_pages_PKCH,
-        v_pages_PKCH,
-        page_table_BR,
-        length_B,
-        tree_mask_BMX,
-        first_BM=first_BM,
-        k_scale=k_scale,
-        v_scale=v_scale,
-        scale=q_BMNH.shape[-1] ** -0.5 if scale is None else scale,
-        interpret=interpret,
-    )
+    inputs = Inputs(
+        q_BMNH, k_tree_BXKH, v_tree_BXKH, k_pages_PKCH, v_pages_PKCH, page_table_BR, length_B,
+        tree_mask_BMX, first_BM, k_scale, v_scale,
+    )  # fmt: skip
+    scale = q_BMNH.shape[-1] ** -0.5 if scale is None else scale
+    return IMPLEMENTATIONS[implementation](inputs, scale=scale, interpret=interpret)
 
 
 def _check_shapes(

@@ -12,29 +12,16 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from ..compat import order_after
+from .inputs import Inputs
 
 _BLOCK_SLOTS, _MAX_BLOCKS = 64, 8
 """Slots of the prefix that one pass reads at least, and passes over it at most."""
 
 
-def tree_attention_reference(
-    q_BMNH,
-    k_tree_BXKH,
-    v_tree_BXKH,
-    k_pages_PKCH,
-    v_pages_PKCH,
-    page_table_BR,
-    length_B,
-    tree_mask_BMX,
-    *,
-    first_BM=None,
-    k_scale=None,
-    v_scale=None,
-    scale,
-    interpret=False,
-):
-    """Same arguments and result as `tree_attention`, in plain jnp."""
+def tree_attention_reference(inputs: Inputs, *, scale: float, interpret: bool = False):
+    """Same result as `tree_attention`, in plain jnp."""
     del interpret
+    q_BMNH, k_tree_BXKH, v_tree_BXKH, *pages, tree_mask_BMX, first_BM, k_scale, v_scale = inputs
     M, K = q_BMNH.shape[1], k_tree_BXKH.shape[2]
     G = q_BMNH.shape[2] // K
     dtype = q_BMNH.dtype
@@ -51,10 +38,7 @@ def tree_attention_reference(
         _clear(rearrange(v_tree_BXKH, "b x k h -> b k x h"), used_BX),
         mask_BQX,
     )
-    prefix = _prefix_passes(
-        q_BKQH, k_pages_PKCH, v_pages_PKCH, page_table_BR, length_B, first_BM,
-        scales=(k_scale, v_scale), group=G,
-    )  # fmt: skip
+    prefix = _prefix_passes(q_BKQH, *pages, first_BM, scales=(k_scale, v_scale), group=G)
     out_BKQH, total_BKQ1, _ = functools.reduce(_merge, prefix, tree)
     nothing_BKQ1 = total_BKQ1 == 0  # a node that sees no key: zeros
     out_BKQH = (out_BKQH / jnp.where(nothing_BKQ1, 1.0, total_BKQ1)).astype(dtype)

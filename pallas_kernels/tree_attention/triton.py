@@ -22,6 +22,7 @@ from jax.experimental import pallas as pl
 
 from ..compat import triton
 from .config import MAX_ROWS, TileConfig, num_splits, tile_config
+from .inputs import Inputs
 
 _LOWEST = float(jnp.finfo(jnp.float32).min)
 """Maximum of a row that has seen no key: exp2(-inf - _LOWEST) is 0, never NaN."""
@@ -31,36 +32,28 @@ _WORD = 32
 
 
 def tree_attention_triton(
-    q_BMNH,
-    k_tree_BXKH,
-    v_tree_BXKH,
-    k_pages_PKCH,
-    v_pages_PKCH,
-    page_table_BR,
-    length_B,
-    tree_mask_BMX,
+    inputs: Inputs,
     *,
-    first_BM=None,
-    k_scale=None,
-    v_scale=None,
-    scale,
-    interpret=False,
+    scale: float,
+    interpret: bool = False,
     config: TileConfig | None = None,
     splits: int | None = None,
 ):
-    """Same arguments and result as `tree_attention`; `config` and `splits` override the choice."""
+    """Same result as `tree_attention`; `config` and `splits` override the choice."""
+    q_BMNH, dtype = inputs.q_BMNH, inputs.k_pages_PKCH.dtype
     B, M, N, H = q_BMNH.shape
-    K, R, C = k_tree_BXKH.shape[2], page_table_BR.shape[1], k_pages_PKCH.shape[2]
-    exact = q_BMNH.dtype == jnp.float32
-    dtype = q_BMNH.dtype if exact else k_pages_PKCH.dtype
+    K, R, C = (
+        inputs.k_tree_BXKH.shape[2],
+        inputs.page_table_BR.shape[1],
+        inputs.k_pages_PKCH.shape[2],
+    )
+    if q_BMNH.dtype == jnp.float32:  # exact products, whatever the pages hold
+        dtype = q_BMNH.dtype
     config = config or tile_config(head_dim=H, group=N // K, nodes=M, dtype=dtype)
     tiles = -(-M * N // K // config.block_q)
     splits = splits or num_splits(config, programs=B * K * tiles, capacity=R * C)
-    scales = (None if s is None else jnp.broadcast_to(s, (K,)) for s in (k_scale, v_scale))
-    bits_BMW = None if tree_mask_BMX is None else pack_bits(tree_mask_BMX)
-    pages = (k_pages_PKCH, v_pages_PKCH, page_table_BR, length_B) if R else (None,) * 4
-    arrays = [q_BMNH, k_tree_BXKH, v_tree_BXKH, *pages, bits_BMW, first_BM, *scales]
-    inputs = _Inputs(*arrays)
+    chunk = inputs.tree_mask_BMX is None and M * N // K > MAX_ROWS
+    inputs = _for_kernels(inputs)
 
     def call(kernel, *args, rows: int, grid: int, out_shape):
         return pl.pallas_call(
@@ -83,7 +76,6 @@ def tree_attention_triton(
     partial = _Running(sums.update(shape=(*sums.shape, H)), sums, sums)
     part = call(_prefix_kernel, inputs, rows=config.block_q, grid=tiles * splits, out_shape=partial)
     # Small tiles have the merge over sooner; the own keys of a chunk of a prompt want large ones.
-    chunk = tree_mask_BMX is None and M * N // K > MAX_ROWS
     rows = config.block_q if chunk else config.merge_q
     return call(_merge_kernel, inputs, part, rows=rows, grid=-(-M * N // K // rows), out_shape=out)
 
@@ -110,21 +102,18 @@ def pack_bits(mask_BMX: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(words_BMW, jnp.int32)
 
 
-class _Inputs(NamedTuple):
-    """What the kernels read; None where the call does not have it."""
-
-    q_BMNH: Any
-    k_tree_BXKH: Any
-    v_tree_BXKH: Any
-    k_pages_PKCH: Any
-    v_pages_PKCH: Any
-    page_table_BR: Any
-    length_B: Any
-    bits_BMW: Any
-    """Ancestor-or-self bits; None: causal."""
-    first_BM: Any
-    k_scale_K: Any
-    v_scale_K: Any
+def _for_kernels(inputs: Inputs) -> Inputs:
+    """The mask as bits, a scale for each KV head, and nothing of a prefix without pages."""
+    K = inputs.k_tree_BXKH.shape[2]
+    mask, scales = inputs.tree_mask_BMX, (inputs.k_scale, inputs.v_scale)
+    k_scale, v_scale = (None if s is None else jnp.broadcast_to(s, (K,)) for s in scales)
+    inputs = inputs._replace(
+        tree_mask_BMX=None if mask is None else pack_bits(mask), k_scale=k_scale, v_scale=v_scale
+    )
+    if inputs.page_table_BR.shape[1]:
+        return inputs
+    prefix = ("k_pages_PKCH", "v_pages_PKCH", "page_table_BR", "length_B", "first_BM")
+    return inputs._replace(**dict.fromkeys(prefix))
 
 
 class _Static(NamedTuple):
@@ -210,7 +199,7 @@ def _merge_kernel(static, inputs, part, out_BMNH):
     _store_output(tile, running, out_BMNH)
 
 
-def _tile(static: _Static, inputs: _Inputs, index) -> _Tile:
+def _tile(static: _Static, inputs: Inputs, index) -> _Tile:
     M, N = inputs.q_BMNH.shape[1:3]
     group = N // inputs.k_tree_BXKH.shape[2]
     kv_head, sequence = pl.program_id(1), pl.program_id(2)
@@ -220,7 +209,7 @@ def _tile(static: _Static, inputs: _Inputs, index) -> _Tile:
     return _Tile(sequence, kv_head, row_Q, row_Q // group, head_Q, real_Q)
 
 
-def _load_queries(tile: _Tile, inputs: _Inputs):
+def _load_queries(tile: _Tile, inputs: Inputs):
     queries = _rows(inputs.q_BMNH, tile.sequence, tile.node_Q, tile.head_Q)
     return triton.load(queries, mask=tile.real_Q[:, None], other=0.0)
 
@@ -231,7 +220,7 @@ def _rows(ref, *index):
     return ref.at[*(i[:, None] if i.ndim else i for i in index), lane_1H]
 
 
-def _prefix_range(static: _Static, tile: _Tile, inputs: _Inputs):
+def _prefix_range(static: _Static, tile: _Tile, inputs: Inputs):
     """(first block, behind the last block, first position of each row) of the visible prefix."""
     length = inputs.length_B[tile.sequence]
     end = pl.cdiv(length, static.block_k)
@@ -250,8 +239,8 @@ def _prefix_pass(static, tile, inputs, q_QH, begin, end, first_Q, running) -> _R
     length = inputs.length_B[b]
     lowest = jnp.int32(0) if first_Q is None else jnp.min(first_Q)
     scale = static.scale
-    if inputs.k_scale_K is not None:
-        scale = scale * inputs.k_scale_K[h]
+    if inputs.k_scale is not None:
+        scale = scale * inputs.k_scale[h]
 
     def block(i, running):
         start = i * static.block_k
@@ -271,14 +260,14 @@ def _prefix_pass(static, tile, inputs, q_QH, begin, end, first_Q, running) -> _R
         return _add_block(running, q_QH, k_SH, v_SH, mask_QS, scale)
 
     running = jax.lax.fori_loop(begin, end, block, running)
-    if inputs.v_scale_K is not None:
-        running = running._replace(out=running.out * inputs.v_scale_K[h])
+    if inputs.v_scale is not None:
+        running = running._replace(out=running.out * inputs.v_scale[h])
     return running
 
 
 def _tree_pass(static, tile, inputs, q_QH, running: _Running) -> _Running:
     """Pass 2: the tree's own keys under the ancestor bits, or causally."""
-    causal = inputs.bits_BMW is None
+    causal = inputs.tree_mask_BMX is None
     M, X = inputs.q_BMNH.shape[1], inputs.k_tree_BXKH.shape[1]
     behind = jnp.where(tile.real_Q, tile.node_Q + X - M + 1, 0)  # causal: keys before this one
     block_x = static.block_k if causal else _WORD
@@ -289,7 +278,7 @@ def _tree_pass(static, tile, inputs, q_QH, running: _Running) -> _Running:
         if causal:
             mask_QS = key_S[None, :] < behind[:, None]
         else:  # one word a row: a block of mask would fill the registers
-            word = inputs.bits_BMW.at[tile.sequence, tile.node_Q, i]
+            word = inputs.tree_mask_BMX.at[tile.sequence, tile.node_Q, i]
             word_Q = triton.load(word, mask=tile.real_Q, other=0)
             mask_QS = (word_Q[:, None] >> (key_S % _WORD)[None, :]) & 1 == 1
         used_S1 = jnp.max(mask_QS.astype(jnp.int32), axis=0)[:, None] > 0
@@ -301,7 +290,7 @@ def _tree_pass(static, tile, inputs, q_QH, running: _Running) -> _Running:
     return jax.lax.fori_loop(0, blocks, block, running)
 
 
-def _nothing(static: _Static, inputs: _Inputs) -> _Running:
+def _nothing(static: _Static, inputs: Inputs) -> _Running:
     Q, H = static.rows, inputs.q_BMNH.shape[3]
     zeros_Q = jnp.zeros(Q, jnp.float32)
     return _Running(jnp.zeros((Q, H), jnp.float32), zeros_Q, jnp.full(Q, _LOWEST, jnp.float32))
