@@ -21,7 +21,8 @@ _BLOCK_SLOTS, _MAX_BLOCKS = 64, 8
 def tree_attention_reference(inputs: Inputs, *, scale: float, interpret: bool = False):
     """Same result as `tree_attention`, in plain jnp."""
     del interpret
-    q_BMNH, k_tree_BXKH, v_tree_BXKH, *pages, tree_mask_BMX, first_BM, k_scale, v_scale = inputs
+    q_BMNH, k_tree_BXKH, v_tree_BXKH, *_, tree_mask_BMX, first_BM, k_scale, v_scale = inputs
+    pages = inputs.k_pages_PKCH, inputs.v_pages_PKCH, inputs.page_table_BR, inputs.length_B
     M, K = q_BMNH.shape[1], k_tree_BXKH.shape[2]
     G = q_BMNH.shape[2] // K
     dtype = q_BMNH.dtype
