@@ -13,7 +13,7 @@ from jax_eagle import Draft, SamplingParams, Target
 from jax_eagle.config import DraftConfig, LlamaConfig, RopeScaling
 from jax_eagle.draft import abstract_draft_params
 from jax_eagle.llama import abstract_params
-from jax_eagle.prefill import PAGE_SIZE, Prefill, empty_prefill, first_token
+from jax_eagle.prefill import PAGE_SIZE, Prefill, empty_prefill, first_round
 from jax_eagle.sampling import Sampling
 from jax_eagle.sharding import Backend, named_sharding, page_sharding, param_shardings
 from jax_eagle.state import DecodeState, Plan
@@ -52,7 +52,7 @@ def make_state(
     stop_ids = jnp.full((batch, 8), -1, jnp.int32)
     limit = np.full(batch, room, np.int32)
     sampling = Sampling.stack([SamplingParams()] * batch)
-    return first_token(target, plan, carry, sampling, stop_ids, limit, width=room)
+    return first_round(target, plan, carry, sampling, None, stop_ids, limit, width=room)
 
 
 def abstract_models(

@@ -98,6 +98,31 @@ class Sync(struct.PyTreeNode):
     count: Int[Array, "B"]
     """Valid rows; 0 for a finished sequence."""
 
+    def first(self, rows: int) -> "Sync":
+        """Without the columns behind the first `rows`, which must be unused."""
+        return Sync(self.tokens[:, :rows], self.features[:, :rows], self.count)
+
+    def restart(self, tokens, features, count) -> "Sync":
+        """With these pairs instead, [B, up to A]; what lies behind them is unused."""
+        width = tokens.shape[1]
+        return Sync(
+            tokens=self.tokens.at[:, :width].set(tokens),
+            features=self.features.at[:, :width].set(features.astype(self.features.dtype)),
+            count=count,
+        )
+
+    def append(self, token_B, feature_BF, where_B) -> "Sync":
+        """With one pair more for the sequences of `where`; there must be room for it."""
+        row_B, A = jnp.arange(token_B.shape[0]), self.tokens.shape[1]
+        column_B = jnp.where(where_B, self.count, A)
+        return Sync(
+            tokens=self.tokens.at[row_B, column_B].set(token_B, mode="drop"),
+            features=self.features.at[row_B, column_B].set(
+                feature_BF.astype(self.features.dtype), mode="drop"
+            ),
+            count=self.count + where_B.astype(jnp.int32),
+        )
+
 
 class Draft(struct.PyTreeNode):
     """Parameters of an EAGLE draft plus its static config: a pytree, like `Target`."""

@@ -17,11 +17,12 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels.compat import order_after
 
 from .cache import PagedCache, commit
+from .controls import shape_logits
 from .draft import Draft, Proposal, Sync
 from .llama import Target, TargetOutput
 from .prefill import start
@@ -40,8 +41,12 @@ def round_step(target: Target, draft: Draft | None, head, plan: Plan, state: Dec
         out = target(tree_tokens, tree, state.cache)
         logits = target.head(out.x)
     with jax.named_scope("verify"):
+        shaped = shape_logits(
+            state.controls, logits, tree, tree_tokens,
+            state.tokens, state.num_tokens, state.stop_ids,
+        )  # fmt: skip
         verdict = verify(
-            tree, tree_tokens, proposal.law, logits, state.cache.length, state.sampling,
+            tree, tree_tokens, proposal.law, shaped, state.cache.length, state.sampling,
             max_depth=plan.shape.max_depth, max_children=plan.shape.max_children,
         )  # fmt: skip
         count = order_after(out.x, jnp.where(state.done, 0, verdict.num_accepted + 1))
@@ -50,18 +55,19 @@ def round_step(target: Target, draft: Draft | None, head, plan: Plan, state: Dec
         if draft_cache is not None and not plan.sync_all:
             draft_cache = keep_scratch(draft_cache, proposal, verdict, state.done)
     state = state.replace(cache=cache, draft_cache=draft_cache)
-    return advance(plan, state, proposal, out, verdict)
+    return advance(plan, state, proposal, out, verdict, logits)
 
 
 def propose(target, draft: Draft | None, head, plan: Plan, state: DecodeState):
-    """The draft's tree, or the root alone without a draft."""
-    if draft is None:
+    """The draft's tree, or the root alone in plain decoding; and the draft's cache."""
+    if draft is None or plan.plain:
         root_B1 = state.root[:, None]
-        tree = chain_tree(root_B1.shape[0], 1)
-        return None, Proposal(tree, root_B1, jnp.zeros_like(root_B1), law=None, scratch=None)
+        tree, none = chain_tree(root_B1.shape[0], 1), jnp.zeros_like(root_B1)
+        return state.draft_cache, Proposal(tree, root_B1, none, law=None, scratch=None)
     assert state.draft_cache is not None and state.sync is not None
     sampling = state.sampling if plan.sampled_drafting else None
-    return draft.expand(target, head, plan.shape, state.draft_cache, state.sync, sampling)
+    sync = state.sync.first(plan.sync_length)
+    return draft.expand(target, head, plan.shape, state.draft_cache, sync, sampling)
 
 
 def keep_scratch(cache: PagedCache, proposal: Proposal, verdict: Verdict, done_B) -> PagedCache:
@@ -78,7 +84,12 @@ def keep_scratch(cache: PagedCache, proposal: Proposal, verdict: Verdict, done_B
 
 
 def advance(
-    plan: Plan, state: DecodeState, proposal: Proposal, out: TargetOutput, verdict: Verdict
+    plan: Plan,
+    state: DecodeState,
+    proposal: Proposal,
+    out: TargetOutput,
+    verdict: Verdict,
+    logits_BMV: Float[Array, "B M V"],
 ) -> DecodeState:
     """Gives out the new tokens, cuts at stop tokens and limits, prepares the next root and sync."""
     step_1A = jnp.arange(plan.path_length, dtype=jnp.int32)[None]
@@ -88,30 +99,38 @@ def advance(
         step_1A < accepted_B1, jnp.roll(path_tokens_BA, -1, axis=1), verdict.bonus[:, None]
     )
     count_B = verdict.num_accepted + jnp.where(verdict.error, 0, 1)
-    running_B = ~state.done
+    running_B, sync, logprobs = ~state.done, state.sync, state.logprobs
     state = emit(state, new_BA, count_B, verdict.error)
     path_ranks_BA = jnp.take_along_axis(proposal.tree.rank, verdict.path, axis=1)
     return state.replace(
         root=jnp.where(running_B & ~verdict.error, verdict.bonus, state.root),
-        sync=None if state.sync is None else _next_sync(plan, new_BA, out, verdict, state.done),
+        sync=sync and _next_sync(plan, sync, new_BA, out, verdict, running_B),
         rounds=state.rounds + running_B.astype(jnp.int32),
         num_accepted=jnp.where(running_B, verdict.num_accepted, 0),
-        path_ranks=path_ranks_BA,
+        path_ranks=state.path_ranks.at[:, : plan.path_length].set(path_ranks_BA),
+        logprobs=logprobs and logprobs.of(logits_BMV, verdict.path, new_BA),
     )
 
 
-def _next_sync(plan: Plan, new_BA, out: TargetOutput, verdict: Verdict, done_B) -> Sync:
-    """Accepted tokens and the bonus, each with the target's feature of the token before it."""
+def _next_sync(
+    plan: Plan, before: Sync, new_BA, out: TargetOutput, verdict: Verdict, running_B
+) -> Sync:
+    """Accepted tokens and the bonus, each with the target's feature of the token before it.
+
+    Plain decoding does not run the draft: its tokens join those that wait already.
+    """
+    if plan.plain:
+        return before.append(jnp.maximum(new_BA[:, 0], 0), out.features[:, 0], running_B)
     skipped_B = 0 * verdict.num_accepted
     if not plan.sync_all:
         skipped_B = jnp.maximum(verdict.num_accepted - 1, 0)
     row_BA = skipped_B[:, None] + jnp.arange(plan.sync_length, dtype=jnp.int32)[None]
     row_BA = jnp.minimum(row_BA, verdict.num_accepted[:, None])
     node_BA = jnp.take_along_axis(verdict.path, row_BA, axis=1)
-    return Sync(
+    return before.restart(
         tokens=jnp.maximum(jnp.take_along_axis(new_BA, row_BA, axis=1), 0),
         features=jnp.take_along_axis(out.features, node_BA[:, :, None], axis=1),
-        count=jnp.where(done_B, 0, verdict.num_accepted + 1 - skipped_B),
+        count=jnp.where(running_B, verdict.num_accepted + 1 - skipped_B, 0),
     )
 
 

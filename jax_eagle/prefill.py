@@ -11,15 +11,16 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.compat import order_after
 
 from .cache import PagedCache, commit, init_cache
+from .controls import Controls, shape_logits, stack_controls
 from .draft import Draft, Sync
 from .llama import Target
 from .sampling import Sampling, SamplingParams, draw
-from .state import DecodeState, Plan, emit
+from .state import DecodeState, Plan, emit, init_state
 from .tree import StaticTree, chain_tree, parse_tree
 
 PAGE_SIZE = 64
@@ -38,9 +39,11 @@ class Prefill(NamedTuple):
     """[B, F], the feature of that token."""
 
 
-@functools.partial(jax.jit, donate_argnames=("carry",))
-def prefill_chunk(target: Target, draft: Draft | None, carry: Prefill, tokens_BT, count_B):
-    """Adds count_B tokens of a chunk [B, T] to the caches (the rest of the row is padding)."""
+def extend_prompt(target: Target, draft: Draft | None, carry: Prefill, tokens_BT, count_B):
+    """Adds count_B tokens of a chunk [B, T] to the caches (the rest of the row is padding).
+
+    Returns the carry and the features of the chunk, [B, T, F].
+    """
     B, T = tokens_BT.shape
     out = target(tokens_BT, chain_tree(B, T), carry.cache)
     row_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
@@ -56,52 +59,88 @@ def prefill_chunk(target: Target, draft: Draft | None, carry: Prefill, tokens_BT
             (count_B > 0)[:, None], jnp.take_along_axis(x_BTD, index_B11, axis=1)[:, 0], before_BD
         )
 
-    return Prefill(
+    carry = Prefill(
         cache, draft_cache, last(out.x, carry.last_x), last(out.features, carry.last_feature)
     )
+    return carry, out.features
+
+
+@functools.partial(jax.jit, donate_argnames=("carry",))
+def prefill_chunk(target: Target, draft: Draft | None, carry: Prefill, tokens_BT, count_B):
+    """`extend_prompt` as a program."""
+    return extend_prompt(target, draft, carry, tokens_BT, count_B)[0]
 
 
 def first_token(
-    target: Target, plan: Plan, carry: Prefill, sampling: Sampling, stop_ids_BE, max_tokens_B, width
+    target: Target,
+    state: DecodeState,
+    last_x_BD: Float[Array, "B D"],
+    last_feature_BF: Float[Array, "B F"],
+    ready_B: Bool[Array, "B"],
+    forced_B: Int[Array, "B"] | None = None,
 ) -> DecodeState:
-    """Samples the first token at the end of prefill and builds the state of the rounds."""
-    caches, last = carry[:2], carry[2:]
+    """Draws and gives out the token behind the prompt where a row is `ready`.
+
+    `forced` tokens (-1: none) are given out in its place: a sequence that goes on where it was
+    interrupted.
+    """
+    logits_B1V = target.head(last_x_BD)[:, None]
+    B = ready_B.shape[0]
+    zero_B1 = jnp.zeros((B, 1), jnp.int32)
+    shaped = shape_logits(
+        state.controls, logits_B1V, chain_tree(B, 1), zero_B1,
+        state.tokens, state.num_tokens, state.stop_ids,
+    )  # fmt: skip
+    token_B1 = draw(shaped, state.sampling, state.cache.length[:, None])
+    if forced_B is not None:
+        token_B1 = jnp.where(forced_B[:, None] >= 0, forced_B[:, None], token_B1)
+    error_B = ready_B & (token_B1[:, 0] < 0)
+    root_B = jnp.maximum(token_B1[:, 0], 0)
+    sync, logprobs = state.sync, state.logprobs
+    if sync is not None:
+        restarted = sync.restart(root_B[:, None], last_feature_BF[:, None], jnp.ones_like(root_B))
+        sync = jax.tree.map(functools.partial(_where_row, ready_B), restarted, sync)
+    state = emit(state, token_B1, jnp.where(ready_B & ~error_B, 1, 0), error_B)
+    return state.replace(
+        root=jnp.where(ready_B, root_B, state.root),
+        sync=sync,
+        logprobs=logprobs and logprobs.of(logits_B1V, zero_B1, token_B1),
+    )
+
+
+def _where_row(where_B, new, old):
+    return jnp.where(jnp.reshape(where_B, (-1,) + (1,) * (new.ndim - 1)), new, old)
+
+
+def first_round(
+    target: Target,
+    plan: Plan,
+    carry: Prefill,
+    sampling: Sampling,
+    controls: Controls | None,
+    stop_ids_BE,
+    max_tokens_B,
+    *,
+    width: int,
+) -> DecodeState:
+    """The state of the first round, from what prefill left; there is room for `width` tokens."""
     lengths = plan.path_length, plan.sync_length, width  # not the plan: trees of one depth share it
-    return _first_token(target, lengths, caches, last, sampling, stop_ids_BE, max_tokens_B)
+    caches, last = carry[:2], carry[2:]
+    return _first_round(
+        target, lengths, caches, last, sampling, controls, stop_ids_BE, max_tokens_B
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("lengths",), donate_argnames=("caches",))
-def _first_token(target, lengths, caches, last, sampling, stop_ids_BE, max_tokens_B):
+def _first_round(target, lengths, caches, last, sampling, controls, stop_ids_BE, max_tokens_B):
     path_length, sync_length, width = lengths
-    carry = Prefill(*caches, *last)
-    B = max_tokens_B.shape[0]
-    token_B1 = draw(target.head(carry.last_x)[:, None], sampling, carry.cache.length[:, None])
-    zeros_B = jnp.zeros(B, jnp.int32)
-    sync = None
-    if carry.draft_cache is not None:
-        F = carry.last_feature.shape[1]
-        sync = Sync(
-            tokens=jnp.broadcast_to(jnp.maximum(token_B1, 0), (B, sync_length)),
-            features=jnp.broadcast_to(carry.last_feature[:, None], (B, sync_length, F)),
-            count=jnp.ones(B, jnp.int32),
-        )
-    state = DecodeState(
-        cache=carry.cache,
-        draft_cache=carry.draft_cache,
-        root=jnp.maximum(token_B1[:, 0], 0),
-        sync=sync,
-        sampling=sampling,
-        stop_ids=stop_ids_BE,
-        max_tokens=max_tokens_B,
-        tokens=jnp.zeros((B, width), jnp.int32),
-        num_tokens=zeros_B,
-        finish=zeros_B,
-        rounds=zeros_B,
-        num_accepted=zeros_B,
-        path_ranks=jnp.zeros((B, path_length), jnp.int32),
-    )
-    error_B = token_B1[:, 0] < 0
-    return emit(state, token_B1, jnp.where(error_B, 0, 1), error_B)
+    (cache, draft_cache), (last_x_BD, last_feature_BF) = caches, last
+    state = init_state(
+        cache, draft_cache, sampling, controls, stop_ids_BE, max_tokens_B, width=width,
+        path_length=path_length, sync_length=sync_length, feature_BF=last_feature_BF,
+    )  # fmt: skip
+    ready_B = jnp.ones(max_tokens_B.shape, bool)
+    return first_token(target, state, last_x_BD, last_feature_BF, ready_B)
 
 
 def start(
@@ -127,6 +166,8 @@ def start(
     params = [sampling] * len(ids) if isinstance(sampling, SamplingParams) else list(sampling)
     if len(params) != len(ids):
         raise ValueError(f"{len(params)} sampling parameters for {len(ids)} prompts")
+    for own in params:
+        own.check_tokens(target.config.vocab_size)
     plan = _make_plan(draft, len(ids), tree, drafting, draft_sync)
 
     B = _bucket(len(ids), halves=False)
@@ -146,11 +187,12 @@ def start(
             block[b, : len(piece)] = piece
         count = np.clip(prompt_length - begin, 0, chunk)
         carry = prefill_chunk(model, draft, carry, block, count)
-    return plan, first_token(
+    return plan, first_round(
         model,
         plan,
         carry,
         Sampling.stack(params + [SamplingParams()] * pad),
+        stack_controls(params, target.config.vocab_size, ids, B),
         _stop_ids(target, stop_token_ids, B),
         limit,
         width=_bucket(max_new_tokens),

@@ -10,6 +10,7 @@ enters, so a seeded text does not depend on the batch mix, the tree (greedy draf
 
 import dataclasses
 import enum
+import math
 from typing import Any
 
 import jax
@@ -18,32 +19,78 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
+MAX_BAD_WORDS, MAX_BAD_WORD_LENGTH = 32, 8
+"""Of one request; the device keeps a table of this size for each sequence."""
+
 
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
-    """How the tokens of one request are chosen.
+    """How the tokens of one request are chosen. Values outside their range raise ValueError.
 
-    temperature: 0 is greedy. top_p in (0, 1]; top_k 0 or -1: off; min_p in [0, 1]; seed: any
-    integer of 32 bits. Values outside raise ValueError.
+    The second half shapes the logits before the law is made of them: see `controls`.
     """
 
     temperature: float = 0.0
+    """0 is greedy."""
     top_p: float = 1.0
+    """In (0, 1]; 1: off."""
     top_k: int = 0
+    """0 or -1: off."""
     min_p: float = 0.0
+    """In [0, 1]; 0: off."""
     seed: int = 0
+    """Any unsigned integer of 32 bits."""
+    presence_penalty: float = 0.0
+    """Taken from the logit of every token that was given out already; from -2 to 2."""
+    frequency_penalty: float = 0.0
+    """Taken once for every time that the token was given out; from -2 to 2."""
+    repetition_penalty: float = 1.0
+    """Logits of tokens in prompt or output are divided by it (multiplied where negative)."""
+    min_tokens: int = 0
+    """No stop token before so many new tokens."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(token, what is added to its logit)."""
+    allowed_token_ids: tuple[int, ...] | None = None
+    """Only these tokens; None: all."""
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    """Token sequences that must not appear in the output."""
 
     def __post_init__(self):
+        finite = all(math.isfinite(bias) for _, bias in self.logit_bias)
+        words = self.bad_words
         checks = {
             "temperature": (0.0 <= self.temperature < float("inf"), "0 or more"),
             "top_p": (0.0 < self.top_p <= 1.0, "above 0 and at most 1"),
             "top_k": (self.top_k >= -1, "-1 or 0 (off), or at least 1"),
             "min_p": (0.0 <= self.min_p <= 1.0, "from 0 to 1"),
             "seed": (0 <= self.seed < 2**32, "an unsigned integer of 32 bits"),
-        }
+            "presence_penalty": (-2.0 <= self.presence_penalty <= 2.0, "from -2 to 2"),
+            "frequency_penalty": (-2.0 <= self.frequency_penalty <= 2.0, "from -2 to 2"),
+            "repetition_penalty": (0.0 < self.repetition_penalty < float("inf"), "above 0"),
+            "min_tokens": (self.min_tokens >= 0, "0 or more"),
+            "logit_bias": (finite, "finite numbers"),
+            "allowed_token_ids": (self.allowed_token_ids != (), "at least one token"),
+            "bad_words": (
+                all(words) and len(words) <= MAX_BAD_WORDS
+                and max(map(len, words), default=0) <= MAX_BAD_WORD_LENGTH,
+                f"at most {MAX_BAD_WORDS} words of 1 to {MAX_BAD_WORD_LENGTH} tokens",
+            ),
+        }  # fmt: skip
         for name, (good, expected) in checks.items():
             if not good:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected {expected}")
+
+    def check_tokens(self, vocab_size: int) -> None:
+        """Raises ValueError if a token that the parameters name is not in the vocabulary."""
+        named = {
+            "logit_bias": [token for token, _ in self.logit_bias],
+            "allowed_token_ids": self.allowed_token_ids or (),
+            "bad_words": [token for word in self.bad_words for token in word],
+        }
+        for name, tokens in named.items():
+            for token in tokens:
+                if not 0 <= token < vocab_size:
+                    raise ValueError(f"{name} names token {token}, outside 0..{vocab_size - 1}")
 
 
 class Sampling(struct.PyTreeNode):

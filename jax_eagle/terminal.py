@@ -15,35 +15,10 @@ from rich.table import Table
 
 from .bench import PLAIN, Floor, Summary
 from .generate import GenerateResult, RoundEvent
-from .tokenizer import Tokenizer
+from .tokenizer import TextPieces, Tokenizer
 
 ACCEPTED, BONUS = "green", "bold yellow"
 OPEN, CLOSE = "‹", "›"
-
-
-class TextPieces:
-    """Turns tokens into text one by one; a character cut by a token border waits for its rest."""
-
-    def __init__(self, tokenizer: Tokenizer | None):
-        """Without a tokenizer the pieces are token ids."""
-        self._tokenizer = tokenizer
-        self._ids: list[int] = []
-        self._begin = self._shown = 0
-
-    def push(self, token: int) -> str:
-        """The text that this token completes."""
-        self._ids.append(token)
-        if self._tokenizer is None:
-            return f"{token} "
-        # A token's text may depend on the token before it (leading spaces), so decode from there.
-        before, text = (
-            self._tokenizer.decode(ids, skip_special_tokens=True)
-            for ids in (self._ids[self._begin : self._shown], self._ids[self._begin :])
-        )
-        if text.endswith("\ufffd"):
-            return ""
-        self._begin, self._shown = self._shown, len(self._ids)
-        return text[len(before) :]
 
 
 @dataclasses.dataclass
@@ -80,11 +55,13 @@ def stream(
     marks: bool = False,
 ) -> Streamed:
     """Prints the first sequence of `events` as it comes."""
-    pieces, done, accepted, begin, inside = TextPieces(tokenizer), Streamed(), 0, 0.0, False
+    pieces = tokenizer and TextPieces(tokenizer)
+    done, accepted, begin, inside = Streamed(), 0, 0.0, False
     for number, event in enumerate(events):
         begin = begin or time.perf_counter()
         for i, token in enumerate(event.new_tokens[0]):
-            from_draft, piece = i < event.num_accepted[0], pieces.push(token)
+            from_draft = i < event.num_accepted[0]
+            piece = pieces.push(token) if pieces else f"{token} "
             if marks and from_draft != inside and piece:
                 console.out(OPEN if from_draft else CLOSE, end="", highlight=False)
                 inside = from_draft

@@ -136,6 +136,42 @@ class Tokenizer:
         return f"Tokenizer({self.vocab_size} tokens, {self._fingerprint[:8]})"
 
 
+class TextPieces:
+    """Turns tokens into text one by one; a character cut by a token border waits for its rest."""
+
+    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True):
+        """`skip_special_tokens`: leave out tokens such as the end of a turn."""
+        self._decode = functools.partial(tokenizer.decode, skip_special_tokens=skip_special_tokens)
+        self._ids: list[int] = []
+        self._before = ""
+        """Text of the first `_shown` of them, which was given out."""
+        self._shown = 0
+
+    def push(self, token: int) -> str:
+        """The text that this token completes."""
+        self._ids.append(token)
+        text = self._decode(self._ids)
+        if text.endswith("\ufffd") and len(self._ids) - self._shown < _LONGEST_CHARACTER:
+            return ""
+        return self._give(text)
+
+    def rest(self) -> str:
+        """What still waits, at the end of a text: a cut character as its replacement mark."""
+        return self._give(self._decode(self._ids))
+
+    def _give(self, text: str) -> str:
+        piece = text[len(self._before) :]
+        # A token's text may depend on the token before it (leading spaces), so that one stays.
+        self._ids = self._ids[self._shown :]
+        self._shown = len(self._ids)
+        self._before = self._decode(self._ids)
+        return piece
+
+
+_LONGEST_CHARACTER = 8
+"""Tokens that a character can need; an invalid one is not waited for any longer."""
+
+
 @functools.cache
 def _fast_tokenizer() -> Any:
     """transformers.PreTrainedTokenizerFast, imported without its advice to install PyTorch."""

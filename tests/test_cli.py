@@ -22,7 +22,7 @@ from jax_eagle.checkpoint import eagle, hf
 from jax_eagle.checkpoint.mapping import draft_entries, nested, target_entries
 from jax_eagle.config import DraftConfig, LlamaConfig
 from jax_eagle.generate import RoundEvent
-from jax_eagle.tokenizer import Tokenizer, _fast_tokenizer
+from jax_eagle.tokenizer import TextPieces, Tokenizer, _fast_tokenizer
 
 CONFIG = LlamaConfig(
     vocab_size=260, hidden_size=16, intermediate_size=32, num_layers=1, num_heads=2,
@@ -328,7 +328,7 @@ def test_pieces_hold_back_cut_characters():
     tokenizer, text = byte_tokenizer(), "naïve 🦅 flies"
     ids = tokenizer.encode(text)
     assert len(ids) > len(text)
-    pieces = terminal.TextPieces(tokenizer)
+    pieces = TextPieces(tokenizer)
     shown = [pieces.push(token) for token in ids]
     assert "".join(shown) == text
     assert "🦅" in shown and "\ufffd" not in "".join(shown)

@@ -14,10 +14,13 @@ from einops import rearrange
 from ..compat import order_after
 from .inputs import Inputs
 
-_BLOCK_SLOTS, _MAX_BLOCKS = 64, 8
-"""Slots of the prefix that one pass reads at least, and passes over it at most."""
+_BLOCK_SLOTS = 256
+"""Slots of the prefix that the first pass reads."""
+_LOWEST = float(jnp.finfo(jnp.float32).min)
+"""Maximum of a row that sees nothing: finite, so that its weights are exp(-inf) = 0, not NaN."""
 
 
+@functools.partial(jax.jit, static_argnames=("scale", "interpret"))  # traced once for all layers
 def tree_attention_reference(inputs: Inputs, *, scale: float, interpret: bool = False):
     """Same result as `tree_attention`, in plain jnp."""
     del interpret
@@ -51,30 +54,51 @@ def _prefix_passes(
 ):
     """Pass 1: all nodes against the committed pages; the only mask is the length (and `first`).
 
-    A few blocks of pages, each a pass of its own: blocks stay in the CPU's cache. They are unrolled
-    because a loop that captures the pools makes XLA copy them.
+    Blocks of pages, each a pass of its own and as long as all before it. A block that no sequence
+    has reached is not read, so a step costs what its prefixes are long, not what the table has room
+    for. Blocks are unrolled because a loop that captures the pools makes XLA copy them.
     """
-    B, K, _, H = q_BKQH.shape
     C, R = k_pages_PKCH.shape[2], page_table_BR.shape[1]
-    step = max(1, _BLOCK_SLOTS // C, -(-R // _MAX_BLOCKS))  # pages a block
     page_table_BR = order_after(q_BKQH, page_table_BR)
-    head_1K1 = jnp.arange(K)[None, :, None]
-    for begin in range(0, R, step):
-        pages_BR = page_table_BR[:, begin : begin + step]
-        # Indexing the head as well makes the gather produce [B, K, R, C, H]: no transposition.
-        index = pages_BR[:, None, :], head_1K1
-        k_BKSH, v_BKSH = (
-            _dequantise(jnp.reshape(pages[index], (B, K, -1, H)), factor, q_BKQH.dtype)
-            for pages, factor in zip((k_pages_PKCH, v_pages_PKCH), scales, strict=True)
+    begin, end = 0, max(1, _BLOCK_SLOTS // C)
+    while begin < R:
+        block = functools.partial(
+            _block_pass, position=begin * C, first_BM=first_BM, scales=scales, group=group
         )
-        position_1S = begin * C + jnp.arange(k_BKSH.shape[2])[None, :]
-        used_BS = position_1S < length_B[:, None]
-        mask_BQS = used_BS[:, None, :]
-        if first_BM is not None:
-            used_BS &= position_1S >= jnp.min(first_BM, axis=1, keepdims=True)
-            seen_BMS = position_1S[:, None, :] >= first_BM[:, :, None]
-            mask_BQS = mask_BQS & jnp.repeat(seen_BMS, group, axis=1)
-        yield _softmax_pass(q_BKQH, k_BKSH, _clear(v_BKSH, used_BS), mask_BQS)
+        yield jax.lax.cond(
+            jnp.any(length_B > begin * C),
+            block,
+            lambda q, *_: (jnp.zeros_like(q, jnp.float32), *_nothing(q)),
+            q_BKQH, k_pages_PKCH, v_pages_PKCH, page_table_BR[:, begin:end], length_B,
+        )  # fmt: skip
+        begin, end = end, 2 * end
+
+
+def _block_pass(
+    q_BKQH, k_pages_PKCH, v_pages_PKCH, pages_BR, length_B, *, position, first_BM, scales, group
+):
+    """One pass over a few pages; `position` is that of their first slot."""
+    B, K, _, _ = q_BKQH.shape
+    # Indexing the head as well makes the gather produce [B, K, R, C, H]: no transposition.
+    index = pages_BR[:, None, :], jnp.arange(K)[None, :, None]
+    k_BKSH, v_BKSH = (
+        _dequantise(jnp.reshape(pages[index], (B, K, -1, pages.shape[3])), factor, q_BKQH.dtype)
+        for pages, factor in zip((k_pages_PKCH, v_pages_PKCH), scales, strict=True)
+    )
+    position_1S = position + jnp.arange(k_BKSH.shape[2])[None, :]
+    used_BS = position_1S < length_B[:, None]
+    mask_BQS = used_BS[:, None, :]
+    if first_BM is not None:
+        used_BS &= position_1S >= jnp.min(first_BM, axis=1, keepdims=True)
+        seen_BMS = position_1S[:, None, :] >= first_BM[:, :, None]
+        mask_BQS = mask_BQS & jnp.repeat(seen_BMS, group, axis=1)
+    return _softmax_pass(q_BKQH, k_BKSH, _clear(v_BKSH, used_BS), mask_BQS)
+
+
+def _nothing(q_BKQH):
+    """Sum of weights and maximum of a pass that saw no key."""
+    sums = jnp.zeros((*q_BKQH.shape[:-1], 1), jnp.float32)
+    return sums, jnp.full_like(sums, _LOWEST)
 
 
 def _clear(v_BKSH, used_BS):
@@ -99,9 +123,7 @@ def _softmax_pass(q_BKQH, k_BKSH, v_BKSH, mask_BQS):
     # Keys as the left operand: on a CPU this product is several times faster than q @ k^T.
     scores_BKSQ = product("bksh,bkqh->bksq", k_BKSH, q_BKQH)
     scores_BKQS = jnp.where(mask_BQS[:, None], jnp.swapaxes(scores_BKSQ, 2, 3), -jnp.inf)
-    # A row that sees nothing has weights exp(-inf) = 0 under a finite maximum.
-    lowest = jnp.finfo(jnp.float32).min
-    max_BKQ1 = jnp.maximum(jnp.max(scores_BKQS, axis=-1, keepdims=True), lowest)
+    max_BKQ1 = jnp.maximum(jnp.max(scores_BKQS, axis=-1, keepdims=True), _LOWEST)
     weights_BKQS = jnp.exp(scores_BKQS - max_BKQ1)
     out_BKQH = product("bkqs,bksh->bkqh", weights_BKQS.astype(v_BKSH.dtype), v_BKSH)
     return out_BKQH, jnp.sum(weights_BKQS, axis=-1, keepdims=True), max_BKQ1
