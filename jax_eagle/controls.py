@@ -142,8 +142,10 @@ def shape_logits(
     if controls is None:
         return logits_BMV
     slot_B = controls.slot
+    active_B = controls.active[slot_B]
 
-    def shaped(logits_BMV):
+    def shaped(plain_BMV):
+        logits_BMV = plain_BMV
         given_BM = num_tokens_B[:, None] + tree.depth
         early_BM = given_BM < controls.min_tokens[slot_B][:, None]
         logits_BMV = _forbid(logits_BMV, stop_ids_BE[:, None, :], early_BM[:, :, None])
@@ -151,9 +153,11 @@ def shape_logits(
         written_BMW = _written(words_BWL, tree, tree_tokens_BM, tokens_BO, given_BM)
         logits_BMV = _forbid(logits_BMV, words_BWL[:, None, :, -1], written_BMW)
         logits_BMV = logits_BMV + controls.bias[slot_B][:, None]
-        return _penalise(controls, logits_BMV, _counts(controls, tree, tree_tokens_BM))
+        logits_BMV = _penalise(controls, logits_BMV, _counts(controls, tree, tree_tokens_BM))
+        # The table row of a sequence without controls may be that of the slot's last one.
+        return jnp.where(active_B[:, None, None], logits_BMV, plain_BMV)
 
-    return jax.lax.cond(jnp.any(controls.active[slot_B]), shaped, lambda x: x, logits_BMV)
+    return jax.lax.cond(jnp.any(active_B), shaped, lambda x: x, logits_BMV)
 
 
 def _forbid(logits_BMV, tokens_BxK, where_BMK):

@@ -39,14 +39,14 @@ class Programs:
 
     @property
     def pairs(self) -> list[tuple[int, str]]:
-        """Each rung at the buckets that lead up to it; plain decoding at the least and the most."""
-        pairs = []
-        low = 0
+        """Each rung at the buckets of its batch sizes; plain decoding at the least and the most."""
+        pairs, least, most = [], 1, self.buckets[-1]
         for limit, tree in self.ladder:
-            high = self.buckets[-1] if limit is None else self._bucket(limit)
-            sizes = [b for b in self.buckets if low < b <= high]
-            pairs += [(b, tree) for b in sizes]
-            low = high
+            if least > most:
+                break
+            low, high = self._bucket(least), self._bucket(most if limit is None else limit)
+            pairs += [(b, tree) for b in self.buckets if low <= b <= high]
+            least = most + 1 if limit is None else limit + 1
         ends = [self.buckets[0], self.buckets[-1]]
         return list(dict.fromkeys([*pairs, *((b, PLAIN) for b in ends)]))
 

@@ -249,8 +249,11 @@ class Scheduler:
         return behind
 
     def _admit(self, step: Step) -> None:
+        """Lets in whom one step can prefill a bit of; a prefix is looked up no sooner than that."""
         self.waiting.sort(key=lambda s: s.rank)
-        while self.waiting and self._slots:
+        room = max(1, self._budget // self._chunk_sizes[0])
+        room -= sum(s.phase is Phase.PREFILL for s in self.running)
+        while self.waiting and self._slots and len(step.admitted) < room:
             sequence = self.waiting[0]
             context = sequence.context
             hashes = page_hashes(context, self.pool.page_size, sequence.salt)

@@ -1,5 +1,6 @@
 """Settings of the whole suite (strict JAX, one CPU device, kept programs) and its tiny models."""
 
+import dataclasses
 import math
 import os
 from pathlib import Path
@@ -70,17 +71,26 @@ def random_params(init, config, seed: int):
 
 @pytest.fixture(scope="session")
 def make_target():
-    """make_target(seed) -> a random Target with six tokens, two layers and grouped queries."""
-    return lambda seed=1: Target(random_params(init_params, TOY, seed), TOY)
+    """make_target(seed, **config) -> a random Target: six tokens, two layers, grouped queries."""
+
+    def make(seed: int = 1, **changes) -> Target:
+        config = dataclasses.replace(TOY, **changes)
+        return Target(random_params(init_params, config, seed), config)
+
+    return make
 
 
 @pytest.fixture(scope="session")
 def make_draft():
-    """make_draft(seed, vocab, layers) -> a random Draft; `vocab`: the target tokens it knows."""
+    """make_draft(seed, vocab, layers, **config) -> a random Draft; `vocab`: the tokens it knows."""
 
-    def make(seed: int = 7, vocab: tuple[int, ...] | None = None, layers: int = 1) -> Draft:
+    def make(
+        seed: int = 7, vocab: tuple[int, ...] | None = None, layers: int = 1, **changes
+    ) -> Draft:
         config = DraftConfig.for_target(
-            TOY, num_layers=layers, draft_vocab_size=vocab and len(vocab)
+            dataclasses.replace(TOY, **changes),
+            num_layers=layers,
+            draft_vocab_size=vocab and len(vocab),
         )
         ids = None if vocab is None else jnp.asarray(vocab, jnp.int32)
         return Draft(random_params(init_draft_params, config, seed), ids, config)
