@@ -6,7 +6,7 @@
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test check aot bench clean
+.PHONY: help demo serve test check aot bench clean
 
 # A name on the PATH may be a stub that fails, or a Python that cannot make environments: try it.
 USABLE := import ensurepip, sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))
@@ -30,6 +30,9 @@ help: ## list the targets
 
 demo: $(RUN) ## fetch a model and answer prompts with tree speculation
 	@$(BIN)/jax-eagle demo $(ARGS)
+
+serve: $(RUN) ## serve a model over HTTP, as OpenAI's API does (ARGS="--help" lists the flags)
+	@$(BIN)/python -m serve.server $(ARGS)
 
 test: $(DEV) ## run the test suite
 	@$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
@@ -62,7 +65,7 @@ $(BIN)/pip:
 
 $(RUN): pyproject.toml | $(BIN)/pip
 	@echo "Installing jax-eagle into $(VENV) (about a minute)"
-	@$(INSTALL) --editable .
+	@$(INSTALL) --editable '.[serve]'
 	@touch $@
 
 $(DEV): pyproject.toml | $(BIN)/pip

@@ -27,8 +27,6 @@ from .sampling import SamplingParams
 from .tree import parse_tree
 
 MODEL = "smollm2-135m-instruct"
-DRAFTS = {MODEL: "smollm2-135m-instruct-eagle"}
-"""What --draft auto means, by model."""
 
 HELP = (
     "EAGLE speculative decoding for Llama models in JAX.\n\n"
@@ -230,9 +228,9 @@ def _draft_name(model: str, draft: str) -> str | None:
         return None
     if draft != "auto":
         return draft
-    if model not in DRAFTS:
+    if model not in hub.DRAFTS:
         raise ValueError(f"no draft is known for {model}: give --draft NAME, or --draft none")
-    return DRAFTS[model]
+    return hub.DRAFTS[model]
 
 
 def _load(model: str, draft: str | None) -> tuple[Target, Draft | None]:

@@ -39,6 +39,8 @@ IN_WHEELS = {
     )
 }
 IN_ASSETS = ("smollm2-135m-instruct-eagle",)
+DRAFTS = {"smollm2-135m-instruct": "smollm2-135m-instruct-eagle"}
+"""The draft of a model, where one is known."""
 HUB_PATTERNS = ("*.json", "*.safetensors", "tokenizer*", "chat_template*")
 
 

@@ -16,6 +16,7 @@ No jax here: integers and lists.
 
 import dataclasses
 import enum
+import sys
 from collections import defaultdict
 from collections.abc import Iterable
 
@@ -147,14 +148,14 @@ class Scheduler:
         *,
         chunk_sizes: tuple[int, ...],
         tokens_per_step: int,
-        sync_length: int,
+        sync_length: int | None,
     ):
         """
         Args:
           depths: of each tree, the root not counted (0 for plain decoding).
           chunk_sizes: tokens of the prefill programs, ascending.
           tokens_per_step: prompt tokens prefilled in one step at most (one chunk always fits).
-          sync_length: pairs that may wait for the draft.
+          sync_length: pairs that may wait for the draft; None: there is none.
         """
         self.pool = pool
         self.waiting: list[Sequence] = []
@@ -164,7 +165,7 @@ class Scheduler:
         self._programs, self._depths = programs, depths
         self._dispatcher = Dispatcher(programs.ladder)
         self._chunk_sizes, self._budget = chunk_sizes, tokens_per_step
-        self._sync_length = sync_length
+        self._sync_length = sys.maxsize if sync_length is None else sync_length
         self._slots = list(reversed(range(programs.buckets[-1])))
         self._arrivals = 0
 

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 
 from jax_eagle import Draft, SamplingParams, Target
 from serve.dispatch import PLAIN, Programs
-from serve.engine import Engine, EngineConfig
+from serve.device import EngineConfig
+from serve.engine import Engine
 from serve.request import Delta, Request
 
 PAGE, SLOTS, CONTEXT, VOCAB = 8, 16, 64, 6

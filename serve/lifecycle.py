@@ -1,0 +1,164 @@
+"""A server from its first breath to its last.
+
+The socket listens at once, so that /health says 503 while the model loads; requests are taken when
+everything is compiled. SIGTERM and SIGINT drain: no new requests, the running ones get
+`shutdown_timeout` seconds, a second signal gives them none. Then the process ends with code 0.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+
+import uvicorn
+
+from . import log
+from .api import Api
+from .config import ServerConfig
+from .connection import MAX_HEADER_BYTES, Connection
+from .log import LoadLine
+
+FLUSH_SECONDS = 5
+"""What clients get at the end to read answers that are finished."""
+
+
+class _Uvicorn(uvicorn.Server):
+    """uvicorn, with the signals left to us."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class _Signals:
+    """The first signal asks to stop, the second one to hurry."""
+
+    def __init__(self):
+        self.stop, self.hurry = asyncio.Event(), asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, self._receive)
+
+    def _receive(self) -> None:
+        (self.hurry if self.stop.is_set() else self.stop).set()
+
+
+async def run(config: ServerConfig, load: Callable[[ServerConfig, Api], None]) -> None:
+    """Serves until a signal.
+
+    Args:
+      load: loads the model, beside the event loop, and attaches its service to the `Api`.
+
+    Raises:
+      OSError: the address cannot be listened on.
+      Exception: whatever kept the service from starting.
+    """
+    log.set_up(config.log_format, config.uvicorn_log_level)
+    signals, api = _Signals(), Api(config)
+    with _listen(config) as listener:
+        http = _Uvicorn(_settings(config, api))
+        serving = asyncio.create_task(http.serve(sockets=[listener]))
+        log.event("listening", address=_address(config, listener), model=config.model)
+        tasks = {serving}
+        try:
+            tasks.add(starting := asyncio.create_task(_start(config, api, load)))
+            if await _first(starting, signals.stop):
+                tasks.add(asyncio.create_task(_load_lines(api, config.log_stats_interval)))
+                await signals.stop.wait()
+                await _drain(api, config.shutdown_timeout, signals.hurry)
+            else:  # Nothing is lost, and a thread that compiles cannot be stopped.
+                log.event("stopped while loading")
+                logging.shutdown()
+                os._exit(0)
+        finally:
+            http.should_exit = True
+            await asyncio.wait({serving})
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+    log.event("stopped")
+
+
+async def _start(config: ServerConfig, api: Api, load) -> None:
+    begin = time.perf_counter()
+    await asyncio.to_thread(load, config, api)
+    assert api.service is not None
+    await api.service.start()
+    log.event("ready", seconds=time.perf_counter() - begin, trees=",".join(api.service.trees))
+
+
+async def _first(task: asyncio.Task[None], stop: asyncio.Event) -> bool:
+    """Whether `task` ended before `stop` was set; its error is raised."""
+    waiting = asyncio.create_task(stop.wait())
+    await asyncio.wait({task, waiting}, return_when=asyncio.FIRST_COMPLETED)
+    waiting.cancel()
+    if task.done():
+        task.result()
+    return task.done()
+
+
+async def _drain(api: Api, seconds: float, hurry: asyncio.Event) -> None:
+    assert api.service is not None
+    log.event("draining", seconds=seconds)
+    task = asyncio.create_task(api.service.drain(seconds))
+    if not await _first(task, hurry):
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await api.service.drain(0)
+
+
+async def _load_lines(api: Api, seconds: float) -> None:
+    """The line about load and speed, again and again."""
+    assert api.service is not None
+    line = LoadLine(api.service.status())
+    while seconds:
+        await asyncio.sleep(seconds)
+        line.write(api.service.status())
+
+
+def _settings(config: ServerConfig, api: Api) -> uvicorn.Config:
+    return uvicorn.Config(
+        api.app(),
+        http=Connection,
+        loop="asyncio",
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        log_level=config.uvicorn_log_level,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        limit_concurrency=config.limit_concurrency,
+        h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+        timeout_graceful_shutdown=FLUSH_SECONDS,
+    )
+
+
+def _listen(config: ServerConfig) -> socket.socket:
+    if config.uds is None:
+        family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+        try:
+            return socket.create_server((config.host, config.port), family=family, backlog=2048)
+        except OSError as error:
+            place = f"{config.host} port {config.port}"
+            raise OSError(f"cannot listen on {place}: {error.strerror or error}") from None
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(config.uds)  # left over by a server that was killed
+        listener.bind(config.uds)
+        listener.listen(2048)
+    except OSError as error:
+        listener.close()
+        raise OSError(f"cannot listen on {config.uds}: {error.strerror or error}") from None
+    return listener
+
+
+def _address(config: ServerConfig, listener: socket.socket) -> str:
+    if config.uds is not None:
+        return config.uds
+    host = f"[{config.host}]" if ":" in config.host else config.host
+    return f"http://{host}:{listener.getsockname()[1]}"

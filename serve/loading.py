@@ -1,0 +1,153 @@
+"""From the configuration to a service: models, tokenizer, trees, the size of the KV cache."""
+
+import tempfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from jax_eagle import hub, load_draft, load_target
+from jax_eagle.compilation_cache import enable_compilation_cache
+from jax_eagle.draft import Draft
+from jax_eagle.llama import Target
+from jax_eagle.sharding import make_mesh
+from jax_eagle.tokenizer import Tokenizer
+from jax_eagle.tree import parse_tree
+
+from . import log
+from .api import Api
+from .config import ServerConfig
+from .dispatch import LADDERS, PLAIN, Ladder, Programs
+from .device import EngineConfig
+from .engine import Engine
+from .service import Service
+from .translation import read_defaults
+
+CPU_CACHE_BYTES = 2 * 2**30
+"""Of the KV cache on a machine without a GPU, unless --num-gpu-blocks-override says otherwise."""
+
+
+def load(config: ServerConfig, api: Api) -> None:
+    """Loads everything and attaches the service to `api`; it still has to be started.
+
+    Raises:
+      ValueError, OSError: files or settings that cannot be used; the message says which.
+    """
+    enable_compilation_cache()
+    mesh = make_mesh(config.tensor_parallel_size) if config.tensor_parallel_size > 1 else None
+    dtype = None if config.dtype == "auto" else config.dtype
+    target = load_target(config.model, dtype=dtype, mesh=mesh).pack()
+    tokenizer = target.tokenizer
+    if tokenizer is None:
+        raise ValueError(f"{config.model}: has no tokenizer, which a server of text needs")
+    if config.chat_template is not None:
+        tokenizer = with_template(tokenizer, config.chat_template)
+    draft = _draft(config, target)
+    service = Service(
+        Engine(target, draft, engine_config(config, target, draft)),
+        tokenizer,
+        max_queued_requests=config.max_num_queued_reqs,
+        max_queued_tokens=config.max_num_queued_tokens,
+        on_program=lambda name, seconds: log.event("compiled", program=name, seconds=seconds),
+    )
+    neutral = config.generation_config == "vllm"
+    api.attach(service, {} if neutral else read_defaults(hub.resolve(config.model)))
+
+
+def _draft(config: ServerConfig, target: Target) -> Draft | None:
+    wanted = config.speculative_config
+    if wanted is None:
+        return None
+    name = hub.DRAFTS.get(config.model) if wanted.model == "auto" else wanted.model
+    if name is None:
+        raise ValueError(
+            f"no draft is known for {config.model}: give --speculative-config "
+            '\'{"model": "DRAFT"}\', or --speculative-config none'
+        )
+    return load_draft(name, target).pack()
+
+
+def engine_config(config: ServerConfig, target: Target, draft: Draft | None) -> EngineConfig:
+    """The engine's settings.
+
+    Raises:
+      ValueError: settings that do not fit the model or each other.
+    """
+    longest = target.config.max_position
+    length = config.max_model_len or longest
+    if length > longest:
+        raise ValueError(f"--max-model-len is {length}, this model's context holds {longest}")
+    tokens = config.max_num_batched_tokens or EngineConfig.tokens_per_step
+    chunks = [size for size in EngineConfig.chunk_sizes if size <= tokens]
+    return EngineConfig(
+        max_model_len=length,
+        programs=Programs(ladder(config, draft), buckets(config)),
+        num_pages=num_pages(config, target, draft, length),
+        page_size=config.block_size,
+        prefix_caching=config.enable_prefix_caching,
+        chunk_sizes=tuple(chunks) or (tokens,),
+        tokens_per_step=tokens,
+    )
+
+
+def ladder(config: ServerConfig, draft: Draft | None) -> Ladder:
+    """Trees by number of running sequences."""
+    if draft is None or config.speculative_config is None:
+        return ((None, PLAIN),)
+    wanted = config.speculative_config.tree
+    if wanted == ((None, "auto"),):
+        return LADDERS.get(jax.default_backend(), LADDERS["gpu"])
+    for _, tree in wanted:
+        if tree == "auto":
+            raise ValueError("--speculative-config: the tree auto stands alone, in no list")
+        if tree != PLAIN:
+            parse_tree(tree)
+    return wanted
+
+
+def buckets(config: ServerConfig) -> tuple[int, ...]:
+    """Batch sizes to compile; the last one is --max-num-seqs."""
+    most = config.max_num_seqs
+    sizes = set(config.batch_buckets) or {1 << i for i in range(most.bit_length())}
+    if max(sizes) > most:
+        raise ValueError(f"--batch-buckets holds {max(sizes)}, but --max-num-seqs is {most}")
+    return tuple(sorted(sizes | {most}))
+
+
+def num_pages(config: ServerConfig, target: Target, draft: Draft | None, length: int) -> int:
+    """Pages of the cache: those of all slots at full length, or what memory has room for.
+
+    The trash page counts.
+    """
+    if config.num_gpu_blocks_override is not None:
+        return config.num_gpu_blocks_override + 1
+    layers = [target.config] + ([draft.config.layer] if draft is not None else [])
+    page_bytes = config.block_size * sum(
+        2 * c.num_layers * c.num_kv_heads * c.head_dim * jnp.dtype(c.dtype).itemsize for c in layers
+    )
+    needed = config.max_num_seqs * -(-length // config.block_size)
+    room = _cache_bytes(config) * config.tensor_parallel_size // page_bytes
+    if room < 1:
+        raise ValueError("no memory is left for the KV cache: raise --gpu-memory-utilization")
+    return min(needed, room) + 1
+
+
+def _cache_bytes(config: ServerConfig) -> int:
+    """Memory for the cache, on each device."""
+    memory = jax.devices()[0].memory_stats()
+    if jax.default_backend() == "cpu" or not memory:
+        return CPU_CACHE_BYTES
+    return int(memory["bytes_limit"] * config.gpu_memory_utilization) - memory["bytes_in_use"]
+
+
+def with_template(tokenizer: Tokenizer, path: str) -> Tokenizer:
+    """The same tokenizer with the chat template of a file.
+
+    Raises:
+      OSError: the file cannot be read.
+    """
+    template = Path(path).read_text(encoding="utf-8")
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save(folder)
+        (Path(folder) / "chat_template.jinja").write_text(template, encoding="utf-8")
+        return Tokenizer.from_folder(folder)

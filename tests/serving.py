@@ -1,0 +1,284 @@
+"""What the tests of the server share: a scripted service, a tiny model, server processes."""
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers
+
+from jax_eagle import Draft, Target
+from jax_eagle.checkpoint import eagle, hf
+from jax_eagle.checkpoint.mapping import draft_entries, nested, target_entries
+from jax_eagle.config import DraftConfig, LlamaConfig
+from jax_eagle.tokenizer import Tokenizer, _fast_tokenizer
+from serve.api import Api
+from serve.config import ServerConfig
+from serve.features import Feature
+from serve.lifecycle import _settings, _Uvicorn
+from serve.request import (
+    Delta,
+    Draining,
+    EngineStatus,
+    QueueFull,
+    Request,
+    RequestStats,
+    TokenLogprob,
+)
+
+ROOT = Path(__file__).parent.parent
+TEMPLATE = (
+    "{% for m in messages %}{% if m['role'] == 'assistant' and loop.first %}"
+    "{{ raise_exception('the user speaks first') }}{% endif %}"
+    "{{ '<' + m['role'] + '>' + m['content'] + '<end>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+)
+
+
+def byte_tokenizer() -> Tokenizer:
+    """One token a byte, two special ones, and a chat template. The end of text is 257."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Backend(models.BPE(vocab={c: i for i, c in enumerate(letters)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["<assistant>", "<end>"])
+    return Tokenizer(_fast_tokenizer()(tokenizer_object=backend, chat_template=TEMPLATE))
+
+
+def save_tiny_model(folder: Path) -> None:
+    """A random model of byte tokens, `target`, and a random draft for it, `draft`."""
+    config = LlamaConfig(
+        vocab_size=258, hidden_size=32, intermediate_size=64, num_layers=2, num_heads=4,
+        num_kv_heads=2, head_dim=8, max_position=256, stop_token_ids=(257,),
+    )  # fmt: skip
+    rng = np.random.default_rng(0)
+
+    def random(entries):
+        return nested({e.path: rng.normal(0, 0.3, e.shape).astype("f") for e in entries})
+
+    target = Target(random(target_entries(config)), config, byte_tokenizer())
+    hf.save(target, folder / "target")
+    of_draft = DraftConfig.for_target(config)
+    params = random(draft_entries(of_draft))
+    eagle.save(Draft(params=params, draft_to_target=None, config=of_draft), folder / "draft")
+
+
+class ScriptedService:
+    """A service without an engine: it says its prompt again, token by token.
+
+    `reason` is what requests end with, `delay` the seconds before each token, `room` how many may
+    run. What happened is in `requests`, `open` (ids that run), `aborted`, `forgotten`.
+    """
+
+    model = "scripted"
+    max_model_len, vocab_size, stop_token_ids = 200, 258, (257,)
+    trees = ("chain:2", "static:3", "plain")
+
+    def __init__(self, *, reason: str = "length", delay: float = 0.0, room: int = 1000):
+        self.tokenizer = byte_tokenizer()
+        self.reason, self.delay, self.room = reason, delay, room
+        self.ready = True
+        self.forgotten = 0
+        self.requests: list[Request] = []
+        self.open: set[str] = set()
+        self.aborted: list[str] = []
+
+    async def start(self) -> None:
+        pass
+
+    def submit(self, requests: Sequence[Request]) -> list["ScriptedDeltas"]:
+        if not self.ready:
+            raise Draining
+        if len(self.open) + len(requests) > self.room:
+            raise QueueFull(retry_after=7.0)
+        self.requests += requests
+        self.open |= {request.id for request in requests}
+        return [ScriptedDeltas(self, request) for request in requests]
+
+    def status(self) -> EngineStatus:
+        return EngineStatus(
+            running=len(self.open), waiting=2, kv_usage=0.25, prompt_tokens=10,
+            generation_tokens=20, rounds_by_tree={"static:3": 5, "plain": 1},
+            draft_tokens_by_tree={"static:3": 10}, accepted_by_tree={"static:3": 4},
+            accepted_by_depth=(3, 1), accepted_by_rank=(3, 1), steps=6, step_seconds=2.0,
+            wait_seconds=1.5,
+        )  # fmt: skip
+
+    def forget_prefixes(self) -> None:
+        self.forgotten += 1
+
+    async def drain(self, timeout: float) -> None:
+        self.ready = False
+        end = time.monotonic() + timeout
+        while self.open and time.monotonic() < end:
+            await asyncio.sleep(0.01)
+
+
+class ScriptedDeltas:
+    """The deltas of one request."""
+
+    def __init__(self, service: ScriptedService, request: Request):
+        self._service, self._request, self._next = service, request, 0
+
+    def __aiter__(self) -> "ScriptedDeltas":
+        return self
+
+    async def __anext__(self) -> Delta:
+        service, request = self._service, self._request
+        await asyncio.sleep(service.delay)
+        if request.id not in service.open:
+            raise StopAsyncIteration
+        token = request.prompt[self._next % len(request.prompt)]
+        self._next += 1
+        last = self._next == request.max_tokens
+        logprob = TokenLogprob(-0.5, ((token, -0.5), (7, -1.5))[: request.logprobs])
+        if last:
+            service.open.discard(request.id)
+        return Delta(
+            text=service.tokenizer.decode([token], skip_special_tokens=True),
+            token_ids=(token,),
+            logprobs=None if request.logprobs is None else (logprob,),
+            finish_reason=service.reason if last else None,
+            stats=stats(len(request.prompt), self._next) if last else None,
+        )
+
+    async def aclose(self) -> None:
+        if self._request.id in self._service.open:
+            self._service.open.discard(self._request.id)
+            self._service.aborted.append(self._request.id)
+
+
+def stats(prompt: int, new: int) -> RequestStats:
+    return RequestStats(
+        prompt_tokens=prompt, cached_tokens=1, new_tokens=new, rounds=new, drafts=10,
+        draft_tokens=30, accepted_by_depth=(6, 2), queue_seconds=0.1, prefill_seconds=0.2,
+        decode_seconds=0.3,
+    )  # fmt: skip
+
+
+def example(body: Mapping, tree: str, *features: Feature) -> dict:
+    """`body` with the fields that ask for all of the features."""
+    body = dict(body)
+    for feature in features:
+        fields = json.loads(json.dumps(feature.example).replace("{tree}", tree))
+        if "prompt" in fields and isinstance(body["prompt"], list):
+            fields["prompt"] = [[11, 12], [13]]  # several prompts of token ids
+        if "speculative" in body and "speculative" in fields:
+            fields["speculative"] |= body["speculative"]
+        body |= fields
+    return body
+
+
+@dataclasses.dataclass
+class Hosted:
+    """An `Api` on a free loopback port, in a thread of this process."""
+
+    api: Api
+    service: ScriptedService
+    port: int
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+
+@contextlib.contextmanager
+def hosted(service: ScriptedService, config: ServerConfig | None = None) -> Iterator[Hosted]:
+    """Serves a scripted service."""
+    config = config or ServerConfig()
+    api = Api(config)
+    api.attach(service, {})  # type: ignore[arg-type]
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = _Uvicorn(_settings(config, api))
+    thread = threading.Thread(target=asyncio.run, args=[server.serve(sockets=[listener])])
+    thread.start()
+    try:
+        yield Hosted(api, service, listener.getsockname()[1])
+    finally:
+        server.should_exit = True
+        thread.join(timeout=30)
+        listener.close()
+        assert not thread.is_alive()
+
+
+def tiny_server(folder: Path, *flags: str) -> "ServerProcess":
+    """A process that serves the tiny model, warm; the few programs it needs are compiled once."""
+    save_tiny_model(folder)
+    speculation = json.dumps({"model": str(folder / "draft"), "tree": "static:3"})
+    server = ServerProcess(
+        folder / "target", "--served-model-name", "tiny", "--speculative-config", speculation,
+        "--max-num-seqs", "4", "--batch-buckets", "4", *flags,
+    )  # fmt: skip
+    server.wait_for(r"\bready\b.*trees")
+    return server
+
+
+class ServerProcess:
+    """`python -m serve.server` on a free loopback port; its log is kept."""
+
+    def __init__(self, *arguments: str | os.PathLike[str], timeout: float = 240):
+        command = [sys.executable, "-m", "serve.server", *map(str, arguments), "--port", "0"]
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+        )
+        self.lines: list[str] = []
+        self._arrived = threading.Condition()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        self.url = self.wait_for(r'address[=": ]+([^\s"]+)', timeout).group(1)
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            with self._arrived:
+                self.lines.append(line)
+                self._arrived.notify_all()
+
+    def wait_for(self, pattern: str, timeout: float = 240) -> re.Match[str]:
+        """The first line of the log that has it."""
+        end = time.monotonic() + timeout
+        with self._arrived:
+            while True:
+                for line in self.lines:
+                    if found := re.search(pattern, line):
+                        return found
+                gone = self.process.poll() is not None
+                if gone or not self._arrived.wait(min(1.0, max(0.0, end - time.monotonic()))):
+                    if gone or time.monotonic() > end:
+                        raise AssertionError(f"no {pattern!r} in:\n" + "".join(self.lines))
+
+    def text(self) -> str:
+        """The log so far."""
+        with self._arrived:
+            return "".join(self.lines)
+
+    def stop(self, *, seconds: float = 60) -> int:
+        """SIGTERM, and the exit code."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        code = self.process.wait(seconds)
+        self._reader.join(10)
+        assert self.process.stderr is not None
+        self.process.stderr.close()
+        return code
+
+    def __enter__(self) -> "ServerProcess":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self.stop()
+        finally:
+            self.process.kill()
