@@ -17,8 +17,8 @@ from jax_eagle.tree import parse_tree
 from . import log
 from .api import Api
 from .config import ServerConfig
-from .dispatch import LADDERS, PLAIN, Ladder, Programs
 from .device import EngineConfig
+from .dispatch import LADDERS, PLAIN, Ladder, Programs
 from .engine import Engine
 from .service import Service
 from .translation import read_defaults

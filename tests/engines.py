@@ -4,8 +4,8 @@ import itertools
 from collections.abc import Sequence
 
 from jax_eagle import Draft, SamplingParams, Target
-from serve.dispatch import PLAIN, Programs
 from serve.device import EngineConfig
+from serve.dispatch import PLAIN, Programs
 from serve.engine import Engine
 from serve.request import Delta, Request
 
