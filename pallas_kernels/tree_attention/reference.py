@@ -15,7 +15,7 @@ from ..compat import order_after
 from .inputs import Inputs
 
 _BLOCK_SLOTS = 256
-"""Slots of the prefix that the first pass reads."""
+"""Slots of the prefix that one block reads."""
 _LOWEST = float(jnp.finfo(jnp.float32).min)
 """Maximum of a row that sees nothing: finite, so that its weights are exp(-inf) = 0, not NaN."""
 
@@ -42,40 +42,44 @@ def tree_attention_reference(inputs: Inputs, *, scale: float, interpret: bool = 
         _clear(rearrange(v_tree_BXKH, "b x k h -> b k x h"), used_BX),
         mask_BQX,
     )
-    prefix = _prefix_passes(q_BKQH, *pages, first_BM, scales=(k_scale, v_scale), group=G)
-    out_BKQH, total_BKQ1, _ = functools.reduce(_merge, prefix, tree)
+    if inputs.page_table_BR.shape[1]:
+        prefix = _prefix_pass(q_BKQH, *pages, first_BM, scales=(k_scale, v_scale), group=G)
+        tree = _merge(tree, prefix)
+    out_BKQH, total_BKQ1, _ = tree
     nothing_BKQ1 = total_BKQ1 == 0  # a node that sees no key: zeros
     out_BKQH = (out_BKQH / jnp.where(nothing_BKQ1, 1.0, total_BKQ1)).astype(dtype)
     return rearrange(out_BKQH, "b k (m g) h -> b m (k g) h", m=M)
 
 
-def _prefix_passes(
+def _prefix_pass(
     q_BKQH, k_pages_PKCH, v_pages_PKCH, page_table_BR, length_B, first_BM, *, scales, group
 ):
     """Pass 1: all nodes against the committed pages; the only mask is the length (and `first`).
 
-    Blocks of pages, each a pass of its own and as long as all before it. A block that no sequence
-    has reached is not read, so a step costs what its prefixes are long, not what the table has room
-    for. Blocks are unrolled because a loop that captures the pools makes XLA copy them.
+    Block by block, so blocks stay in the CPU's cache, and no further than the longest sequence
+    reaches: a step costs what its prefixes are long, not what the table has room for.
     """
     C, R = k_pages_PKCH.shape[2], page_table_BR.shape[1]
-    page_table_BR = order_after(q_BKQH, page_table_BR)
-    begin, end = 0, max(1, _BLOCK_SLOTS // C)
-    while begin < R:
-        block = functools.partial(
-            _block_pass, position=begin * C, first_BM=first_BM, scales=scales, group=group
-        )
-        yield jax.lax.cond(
-            jnp.any(length_B > begin * C),
-            block,
-            lambda q, *_: (jnp.zeros_like(q, jnp.float32), *_nothing(q)),
-            q_BKQH, k_pages_PKCH, v_pages_PKCH, page_table_BR[:, begin:end], length_B,
+    pages = max(1, min(R, _BLOCK_SLOTS // C))  # of a block
+    page_table_BR = jnp.pad(order_after(q_BKQH, page_table_BR), ((0, 0), (0, -R % pages)))
+
+    def block(index, running):
+        table = jax.lax.dynamic_slice_in_dim(page_table_BR, index * pages, pages, axis=1)
+        position = index * pages * C
+        new = _block_pass(
+            q_BKQH, k_pages_PKCH, v_pages_PKCH, table, length_B, position, first_BM,
+            scales=scales, group=group,
         )  # fmt: skip
-        begin, end = end, 2 * end
+        return _merge(running, new)
+
+    sums_BKQ1 = jnp.zeros((*q_BKQH.shape[:-1], 1), jnp.float32)
+    nothing = jnp.zeros(q_BKQH.shape, jnp.float32), sums_BKQ1, jnp.full_like(sums_BKQ1, _LOWEST)
+    used = jnp.minimum((jnp.max(length_B) - 1) // (pages * C) + 1, page_table_BR.shape[1] // pages)
+    return jax.lax.fori_loop(0, used, block, nothing)
 
 
 def _block_pass(
-    q_BKQH, k_pages_PKCH, v_pages_PKCH, pages_BR, length_B, *, position, first_BM, scales, group
+    q_BKQH, k_pages_PKCH, v_pages_PKCH, pages_BR, length_B, position, first_BM, *, scales, group
 ):
     """One pass over a few pages; `position` is that of their first slot."""
     B, K, _, _ = q_BKQH.shape
@@ -93,12 +97,6 @@ def _block_pass(
         seen_BMS = position_1S[:, None, :] >= first_BM[:, :, None]
         mask_BQS = mask_BQS & jnp.repeat(seen_BMS, group, axis=1)
     return _softmax_pass(q_BKQH, k_BKSH, _clear(v_BKSH, used_BS), mask_BQS)
-
-
-def _nothing(q_BKQH):
-    """Sum of weights and maximum of a pass that saw no key."""
-    sums = jnp.zeros((*q_BKQH.shape[:-1], 1), jnp.float32)
-    return sums, jnp.full_like(sums, _LOWEST)
 
 
 def _clear(v_BKSH, used_BS):
