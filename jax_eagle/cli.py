@@ -39,6 +39,7 @@ EPILOG = r"""
 forward. A bigger tree gains more tokens a round and costs more to check.
 All trees give the same text.
   auto                     chosen by batch size (the default)
+  plain                    no speculation
   chain:3                  three tokens in a row
   static:8                 a fixed tree; also 3, 4, 16, eagle-26, medusa-64
                            (number of nodes, the root included)

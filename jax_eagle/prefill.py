@@ -169,6 +169,8 @@ def start(
     for own in params:
         own.check_tokens(target.config.vocab_size)
     plan = _make_plan(draft, len(ids), tree, drafting, draft_sync)
+    if plan.plain:
+        draft = None
 
     B = _bucket(len(ids), halves=False)
     pad = B - len(ids)
@@ -227,7 +229,7 @@ def _make_plan(draft: Draft | None, batch: int, tree: str, drafting: str, draft_
     if draft_sync not in ("all", "last"):
         raise ValueError(f"draft_sync is {draft_sync!r}, expected 'all' or 'last'")
     shape = parse_tree(tree, batch=batch, platform=platform)
-    if draft is None:
+    if draft is None or not shape.max_depth:
         return Plan(StaticTree(()))
     if drafting == "sampled" and not shape.keeps_all:
         raise ValueError(

@@ -249,21 +249,25 @@ def _check_size(depth: int, nodes: int) -> None:
         )
 
 
-AUTO_TREES = {
-    "cpu": ((2, "static:3"), (None, "chain:1")),
-    "gpu": ((4, "static:eagle-26"), (16, "static:8"), (None, "chain:3")),
+PLAIN = "plain"
+"""Plain decoding: the tree of the root alone."""
+
+AUTO_TREES: dict[str, tuple[tuple[int | None, str], ...]] = {
+    "cpu": ((1, "static:3"), (None, PLAIN)),
+    "gpu": ((4, "static:eagle-26"), (16, "static:8"), (256, "chain:3"), (None, PLAIN)),
 }
 """The tree dispatcher (arXiv 2508.08192, inference): (largest batch, tree), by platform. Verifying
 more nodes is free while weights bound the step, so small batches take bigger trees. A CPU becomes
-compute-bound at eight rows: of the trees in benchmarks/results/speed_cpu.json static:3 is the
-fastest for one sequence. The GPU's table is a guess, not measured yet."""
+compute-bound at a few rows: one sequence is fastest with static:3, four and more are without a
+tree (benchmarks/results/speed_cpu.json, engine_cpu.json). The GPU's table is a guess, not measured
+yet."""
 
 
 def parse_tree(text: str, *, batch: int = 1, platform: str = "cpu") -> TreeShape:
     """The tree shape that a string names.
 
     Args:
-      text: "auto", "chain:K", "static:NAME", "paths:[[0],[0,0],[1]]" (child ranks) or
+      text: "auto", "plain", "chain:K", "static:NAME", "paths:[[0],[0,0],[1]]" (child ranks) or
         "dynamic:depth=D,width=W,nodes=M".
       batch: sequences decoded together; "auto" chooses by it.
       platform: "cpu" or "gpu", for "auto".
@@ -274,6 +278,8 @@ def parse_tree(text: str, *, batch: int = 1, platform: str = "cpu") -> TreeShape
     if text == "auto":
         table = AUTO_TREES.get(platform, AUTO_TREES["gpu"])
         text = next(tree for limit, tree in table if limit is None or batch <= limit)
+    if text == PLAIN:
+        return StaticTree(())
     kind, _, rest = text.partition(":")
     try:
         if kind == "chain" and rest.isdigit():
@@ -292,7 +298,7 @@ def parse_tree(text: str, *, batch: int = 1, platform: str = "cpu") -> TreeShape
     except (SyntaxError, TypeError, ValueError) as error:
         raise ValueError(f"tree {text!r}: {error}") from None
     raise ValueError(
-        f"unknown tree {text!r}: expected auto, chain:K, static:NAME with NAME one of "
+        f"unknown tree {text!r}: expected auto, plain, chain:K, static:NAME with NAME one of "
         f"{', '.join(STATIC_TREES)}, paths:[[0],[0,0],[1]] or dynamic:depth=D,width=W,nodes=M"
     )
 

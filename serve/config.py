@@ -180,9 +180,17 @@ class ServerConfig:
         None, LIMITS, "prompt tokens waiting; more get a 429; default: no limit", least=1
     )
 
-    max_num_seqs: int = flag(16, CAPACITY, "sequences decoded together at most", least=1)
+    max_num_seqs: int | None = flag(
+        None,
+        CAPACITY,
+        "sequences decoded together at most; default: 16 on a CPU, 64 on a GPU",
+        least=1,
+    )
     batch_buckets: tuple[int, ...] = flag(
-        (), CAPACITY, "batch size to compile (may be repeated); default: powers of two", least=1
+        (),
+        CAPACITY,
+        "batch size to compile (may be repeated); default: a few up to --max-num-seqs",
+        least=1,
     )
     max_num_batched_tokens: int | None = flag(
         None, CAPACITY, "prompt tokens of one step; default: the engine's choice", least=1

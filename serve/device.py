@@ -20,7 +20,7 @@ from jax_eagle.draft import Draft
 from jax_eagle.llama import Target
 from jax_eagle.sampling import Sampling, SamplingParams
 from jax_eagle.state import Plan
-from jax_eagle.tree import StaticTree, parse_tree
+from jax_eagle.tree import parse_tree
 
 from .dispatch import PLAIN, Programs
 from .request import Request
@@ -65,10 +65,7 @@ class Device:
             raise ValueError("trees need a draft: give one, or the plain ladder")
         self._target, self._draft, self._config = target.replace(tokenizer=None), draft, config
         self._head = draft.bind_head(target) if draft is not None else None
-        self.plans = {
-            name: Plan(StaticTree(()) if name == PLAIN else parse_tree(name))
-            for name in programs.trees
-        }
+        self.plans = {name: Plan(parse_tree(name)) for name in programs.trees}
         path_length = max(plan.path_length for plan in self.plans.values())
         sync_length = max(path_length, _BACKLOG)
         self.sync_length = sync_length if draft is not None else None

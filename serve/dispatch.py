@@ -13,16 +13,10 @@ import dataclasses
 from collections.abc import Sequence
 
 PLAIN = "plain"
-"""Plain decoding: the tree of the root alone."""
+"""The tree of plain decoding, as `jax_eagle.tree` names it."""
 
 Ladder = tuple[tuple[int | None, str], ...]
 """(largest batch, tree), by batch size; None in the last rung: no limit."""
-
-LADDERS: dict[str, Ladder] = {
-    "cpu": ((2, "static:3"), (None, "chain:1")),
-    "gpu": ((4, "static:eagle-26"), (16, "static:8"), (64, "chain:3"), (None, PLAIN)),
-}
-"""What "auto" means, by platform. The GPU's is a guess, not measured yet."""
 
 _PATIENCE = 16
 """Rounds that a smaller rung must have been enough before it is taken."""

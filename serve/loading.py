@@ -1,5 +1,6 @@
 """From the configuration to a service: models, tokenizer, trees, the size of the KV cache."""
 
+import dataclasses
 import tempfile
 from pathlib import Path
 
@@ -12,19 +13,42 @@ from jax_eagle.draft import Draft
 from jax_eagle.llama import Target
 from jax_eagle.sharding import make_mesh
 from jax_eagle.tokenizer import Tokenizer
-from jax_eagle.tree import parse_tree
+from jax_eagle.tree import AUTO_TREES, parse_tree
 
 from . import log
 from .api import Api
 from .config import ServerConfig
 from .device import EngineConfig
-from .dispatch import LADDERS, PLAIN, Ladder, Programs
+from .dispatch import PLAIN, Ladder, Programs
 from .engine import Engine
 from .service import Service
 from .translation import read_defaults
 
 CPU_CACHE_BYTES = 2 * 2**30
 """Of the KV cache on a machine without a GPU, unless --num-gpu-blocks-override says otherwise."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Capacity:
+    """What an engine is made for unless flags say otherwise."""
+
+    slots: int
+    """Sequences decoded together."""
+    buckets: tuple[int, ...]
+    """Batch sizes to compile, besides that number."""
+    chunk_sizes: tuple[int, ...]
+    tokens_per_step: int
+
+
+CAPACITIES = {
+    "cpu": Capacity(16, (1, 4, 8), (64, 256), 256),
+    "gpu": Capacity(64, (1, 4, 16, 32), (256, 2048), 2048),
+}
+"""By platform. On a CPU prefill is slow, so steps are short; each program is start-up time."""
+
+
+def _capacity() -> Capacity:
+    return CAPACITIES.get(jax.default_backend(), CAPACITIES["gpu"])
 
 
 def load(config: ServerConfig, api: Api) -> None:
@@ -77,12 +101,14 @@ def engine_config(config: ServerConfig, target: Target, draft: Draft | None) -> 
     length = config.max_model_len or longest
     if length > longest:
         raise ValueError(f"--max-model-len is {length}, this model's context holds {longest}")
-    tokens = config.max_num_batched_tokens or EngineConfig.tokens_per_step
-    chunks = [size for size in EngineConfig.chunk_sizes if size <= tokens]
+    own = _capacity()
+    tokens = config.max_num_batched_tokens or own.tokens_per_step
+    chunks = [size for size in own.chunk_sizes if size <= tokens]
+    programs = Programs(ladder(config, draft), buckets(config))
     return EngineConfig(
         max_model_len=length,
-        programs=Programs(ladder(config, draft), buckets(config)),
-        num_pages=num_pages(config, target, draft, length),
+        programs=programs,
+        num_pages=num_pages(config, target, draft, programs.buckets[-1], length),
         page_size=config.block_size,
         prefix_caching=config.enable_prefix_caching,
         chunk_sizes=tuple(chunks) or (tokens,),
@@ -96,25 +122,27 @@ def ladder(config: ServerConfig, draft: Draft | None) -> Ladder:
         return ((None, PLAIN),)
     wanted = config.speculative_config.tree
     if wanted == ((None, "auto"),):
-        return LADDERS.get(jax.default_backend(), LADDERS["gpu"])
+        return AUTO_TREES.get(jax.default_backend(), AUTO_TREES["gpu"])
     for _, tree in wanted:
         if tree == "auto":
             raise ValueError("--speculative-config: the tree auto stands alone, in no list")
-        if tree != PLAIN:
-            parse_tree(tree)
+        parse_tree(tree)
     return wanted
 
 
 def buckets(config: ServerConfig) -> tuple[int, ...]:
     """Batch sizes to compile; the last one is --max-num-seqs."""
-    most = config.max_num_seqs
-    sizes = set(config.batch_buckets) or {1 << i for i in range(most.bit_length())}
-    if max(sizes) > most:
+    own = _capacity()
+    most = config.max_num_seqs or own.slots
+    sizes = set(config.batch_buckets) or {size for size in own.buckets if size < most}
+    if max(sizes, default=most) > most:
         raise ValueError(f"--batch-buckets holds {max(sizes)}, but --max-num-seqs is {most}")
     return tuple(sorted(sizes | {most}))
 
 
-def num_pages(config: ServerConfig, target: Target, draft: Draft | None, length: int) -> int:
+def num_pages(
+    config: ServerConfig, target: Target, draft: Draft | None, slots: int, length: int
+) -> int:
     """Pages of the cache: those of all slots at full length, or what memory has room for.
 
     The trash page counts.
@@ -125,7 +153,7 @@ def num_pages(config: ServerConfig, target: Target, draft: Draft | None, length:
     page_bytes = config.block_size * sum(
         2 * c.num_layers * c.num_kv_heads * c.head_dim * jnp.dtype(c.dtype).itemsize for c in layers
     )
-    needed = config.max_num_seqs * -(-length // config.block_size)
+    needed = slots * -(-length // config.block_size)
     room = _cache_bytes(config) * config.tensor_parallel_size // page_bytes
     if room < 1:
         raise ValueError("no memory is left for the KV cache: raise --gpu-memory-utilization")

@@ -1,15 +1,10 @@
-"""What the tests of the server share: a scripted service, a tiny model, server processes."""
+"""What the tests of the server share: a scripted service, a tiny model, a server of it."""
 
 import asyncio
 import contextlib
 import dataclasses
 import json
-import os
-import re
-import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +14,7 @@ import numpy as np
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
+from benchmarks.server_process import ServerProcess
 from jax_eagle import Draft, Target
 from jax_eagle.checkpoint import eagle, hf
 from jax_eagle.checkpoint.mapping import draft_entries, nested, target_entries
@@ -57,11 +53,11 @@ def byte_tokenizer() -> Tokenizer:
     return Tokenizer(_fast_tokenizer()(tokenizer_object=backend, chat_template=TEMPLATE))
 
 
-def save_tiny_model(folder: Path) -> None:
+def save_tiny_model(folder: Path, max_position: int = 256) -> None:
     """A random model of byte tokens, `target`, and a random draft for it, `draft`."""
     config = LlamaConfig(
         vocab_size=258, hidden_size=32, intermediate_size=64, num_layers=2, num_heads=4,
-        num_kv_heads=2, head_dim=8, max_position=256, stop_token_ids=(257,),
+        num_kv_heads=2, head_dim=8, max_position=max_position, stop_token_ids=(257,),
     )  # fmt: skip
     rng = np.random.default_rng(0)
 
@@ -213,7 +209,7 @@ def hosted(service: ScriptedService, config: ServerConfig | None = None) -> Iter
         assert not thread.is_alive()
 
 
-def tiny_server(folder: Path, *flags: str) -> "ServerProcess":
+def tiny_server(folder: Path, *flags: str) -> ServerProcess:
     """A process that serves the tiny model, warm; the few programs it needs are compiled once."""
     save_tiny_model(folder)
     speculation = json.dumps({"model": str(folder / "draft"), "tree": "static:3"})
@@ -221,64 +217,5 @@ def tiny_server(folder: Path, *flags: str) -> "ServerProcess":
         folder / "target", "--served-model-name", "tiny", "--speculative-config", speculation,
         "--max-num-seqs", "4", "--batch-buckets", "4", *flags,
     )  # fmt: skip
-    server.wait_for(r"\bready\b.*trees")
+    server.wait_until_ready()
     return server
-
-
-class ServerProcess:
-    """`python -m serve.server` on a free loopback port; its log is kept."""
-
-    def __init__(self, *arguments: str | os.PathLike[str], timeout: float = 240):
-        command = [sys.executable, "-m", "serve.server", *map(str, arguments), "--port", "0"]
-        self.process = subprocess.Popen(
-            command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
-        )
-        self.lines: list[str] = []
-        self._arrived = threading.Condition()
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-        self.url = self.wait_for(r'address[=": ]+([^\s"]+)', timeout).group(1)
-
-    def _read(self) -> None:
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            with self._arrived:
-                self.lines.append(line)
-                self._arrived.notify_all()
-
-    def wait_for(self, pattern: str, timeout: float = 240) -> re.Match[str]:
-        """The first line of the log that has it."""
-        end = time.monotonic() + timeout
-        with self._arrived:
-            while True:
-                for line in self.lines:
-                    if found := re.search(pattern, line):
-                        return found
-                gone = self.process.poll() is not None
-                if gone or not self._arrived.wait(min(1.0, max(0.0, end - time.monotonic()))):
-                    if gone or time.monotonic() > end:
-                        raise AssertionError(f"no {pattern!r} in:\n" + "".join(self.lines))
-
-    def text(self) -> str:
-        """The log so far."""
-        with self._arrived:
-            return "".join(self.lines)
-
-    def stop(self, *, seconds: float = 60) -> int:
-        """SIGTERM, and the exit code."""
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
-        code = self.process.wait(seconds)
-        self._reader.join(10)
-        assert self.process.stderr is not None
-        self.process.stderr.close()
-        return code
-
-    def __enter__(self) -> "ServerProcess":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        try:
-            self.stop()
-        finally:
-            self.process.kill()

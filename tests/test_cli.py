@@ -207,7 +207,7 @@ BAD_OPTIONS = {
     "long": ((*GENERATE, "--prompt", "x" * 300), "has 302 tokens, the context holds 256"),
     "no tokenizer": ((*ASKED, "--model", "ids"), "this model has no tokenizer"),
     "no tokenizer, raw": ((*ASKED, "--model", "ids", "--raw"), "this model has no tokenizer"),
-    "tree": ((*ASKED, "--tree", "oak"), "unknown tree 'oak': expected auto, chain:K"),
+    "tree": ((*ASKED, "--tree", "oak"), "unknown tree 'oak': expected auto, plain, chain:K"),
     "paths": ((*ASKED, "--tree", "paths:[[0,0]]"), "needs its parent"),
     "bench tree": (("bench", "--tree", "static:5"), "unknown tree 'static:5'"),
     "sampled": (

@@ -4,13 +4,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve.dispatch import LADDERS, PLAIN, Dispatcher, Programs
+from jax_eagle.tree import AUTO_TREES
+from serve.dispatch import PLAIN, Dispatcher, Programs
 
 LADDER = ((4, "static:8"), (16, "chain:3"), (None, PLAIN))
 buckets = st.sets(st.integers(1, 70), min_size=1, max_size=6).map(lambda s: tuple(sorted(s)))
 
 
-@given(st.sampled_from([LADDER, *LADDERS.values()]), buckets, st.data())
+@given(st.sampled_from([LADDER, *AUTO_TREES.values()]), buckets, st.data())
 def test_every_batch_has_a_program_for_every_tree_it_may_get(ladder, sizes, data):
     programs = Programs(ladder, sizes)
     dispatcher, pairs = Dispatcher(ladder), set(programs.pairs)
