@@ -19,7 +19,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-MAX_BAD_WORDS, MAX_BAD_WORD_LENGTH = 32, 8
+MAX_BAD_WORDS, MAX_BAD_WORD_LENGTH = 64, 8
 """Of one request; the device keeps a table of this size for each sequence."""
 
 
@@ -66,7 +66,7 @@ class SamplingParams:
             "seed": (0 <= self.seed < 2**32, "an unsigned integer of 32 bits"),
             "presence_penalty": (-2.0 <= self.presence_penalty <= 2.0, "from -2 to 2"),
             "frequency_penalty": (-2.0 <= self.frequency_penalty <= 2.0, "from -2 to 2"),
-            "repetition_penalty": (0.0 < self.repetition_penalty < float("inf"), "above 0"),
+            "repetition_penalty": (0.01 <= self.repetition_penalty <= 100.0, "from 0.01 to 100"),
             "min_tokens": (self.min_tokens >= 0, "0 or more"),
             "logit_bias": (finite, "finite numbers"),
             "allowed_token_ids": (self.allowed_token_ids != (), "at least one token"),
@@ -88,7 +88,7 @@ class SamplingParams:
             "bad_words": [token for word in self.bad_words for token in word],
         }
         for name, tokens in named.items():
-            for token in tokens:
+            for token in (min(tokens), max(tokens)) if tokens else ():
                 if not 0 <= token < vocab_size:
                     raise ValueError(f"{name} names token {token}, outside 0..{vocab_size - 1}")
 

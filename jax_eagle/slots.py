@@ -172,7 +172,8 @@ def admit(slots: Slots, slot: Int[Array, ""], new: Admission) -> Slots:
         num_accepted=put(state.num_accepted, zero),
         logprobs=logprobs.replace(wanted=put(logprobs.wanted, new.wants_logprobs)),
     )
-    feature_F = slots.boundary[new.boundary_page]
+    # The trash page's feature may be anything; a sequence from the beginning needs none.
+    feature_F = jnp.where(new.boundary_page > 0, slots.boundary[new.boundary_page], 0)
     return slots.replace(state=state, last_feature=put(slots.last_feature, feature_F))
 
 

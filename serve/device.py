@@ -195,7 +195,13 @@ class Device:
             slot = np.int32(self._idle)
             return state, *put((slot, self._admission(request, Sequence("", (0,), 1))))
 
+        # First, and plain last: the decode calls then end what was admitted to the idle slot.
+        plain, controlled = SamplingParams(), SamplingParams(presence_penalty=1.0)
         programs: list = [
+            ("admit with controls", slots.admit, functools.partial(admit, controlled)),
+            ("admit", slots.admit, functools.partial(admit, plain)),
+        ]
+        programs += [
             (f"decode {rows} x {tree}", slots.decode, functools.partial(decode, tree, rows))
             for rows, tree in self._config.programs.pairs
         ]
@@ -212,11 +218,6 @@ class Device:
                 )
                 for rows in sorted({1, self._idle})
             ]
-        plain, controlled = SamplingParams(), SamplingParams(presence_penalty=1.0)
-        programs += [
-            ("admit", slots.admit, functools.partial(admit, plain)),
-            ("admit with controls", slots.admit, functools.partial(admit, controlled)),
-        ]
         return programs
 
     def _on_compile(self, event: str, duration_secs: float, **_: Any) -> None:

@@ -60,7 +60,7 @@ class Programs:
         while count > sizes[-1]:
             calls.append(sizes[-1])
             count -= sizes[-1]
-        return [*calls, next(b for b in sizes if b >= count)] if count else calls
+        return [*calls, next(b for b in sizes if b >= count)]
 
     def _bucket(self, count: int) -> int:
         return next((b for b in self.buckets if b >= count), self.buckets[-1])

@@ -101,14 +101,23 @@ class Engine:
             )
         if len(request.stop_token_ids) > MAX_STOP_IDS:
             raise ValueError(f"{len(request.stop_token_ids)} stop tokens, at most {MAX_STOP_IDS}")
-        for token in (*request.prompt, *request.stop_token_ids):
+        named = (*request.prompt, *request.stop_token_ids)
+        for token in (min(named), max(named)):
             if not 0 <= token < self.vocab_size:
                 raise ValueError(f"token {token} is outside 0..{self.vocab_size - 1}")
-        request.sampling.check_tokens(self.vocab_size)
+        sampling = request.sampling
+        sampling.check_tokens(self.vocab_size)
+        if sampling.allowed_token_ids is not None:
+            never = {word[0] for word in sampling.bad_words if len(word) == 1}
+            early = set(request.stop_token_ids) if sampling.min_tokens else set()
+            if not set(sampling.allowed_token_ids) - never - early:
+                raise ValueError(
+                    "allowed_token_ids leaves no token: all of them are bad_words, or stop tokens "
+                    "before min_tokens"
+                )
 
     def add(self, request: Request, deliver: Callable[[Delta], None]) -> None:
         """Queues a request that passes `check`; `deliver` gets its deltas, in this thread."""
-        self.check(request)
         sequence = Sequence(
             request.id,
             request.prompt,
@@ -166,8 +175,8 @@ class Engine:
             self._device.admit(live.request, sequence)
         for chunk in plan.chunks:
             outputs = self._device.prefill(chunk)
-            if chunk.last:
-                self._launched([chunk.sequence], None, outputs)
+            # Chunks before the last give nothing, but waiting for them keeps the device in reach.
+            self._launched([chunk.sequence] if chunk.last else [], None, outputs)
         waited = sum(self._read(self._calls.popleft()) for _ in range(earlier))
         self.statistics.count_step(time.perf_counter() - begin, waited)
 
@@ -186,7 +195,7 @@ class Engine:
     ) -> None:
         """Remembers a call whose results are to be read."""
         rows = [(self._live[s.id], s.epoch) for s in sequences]
-        resumed = tree is None and sequences[0].root >= 0
+        resumed = tree is None and any(s.root >= 0 for s in sequences)
         if not any(live.request.logprobs is not None for live, _ in rows):
             outputs = outputs.replace(logprobs=None)
         for leaf in jax.tree.leaves(outputs):

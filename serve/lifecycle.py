@@ -13,6 +13,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import uvicorn
 
@@ -62,12 +63,16 @@ async def run(config: ServerConfig, load: Callable[[ServerConfig, Api], None]) -
         http = _Uvicorn(_settings(config, api))
         serving = asyncio.create_task(http.serve(sockets=[listener]))
         log.event("listening", address=_address(config, listener), model=config.model)
-        tasks = {serving}
+        tasks: set[asyncio.Task[Any]] = {serving}
         try:
             tasks.add(starting := asyncio.create_task(_start(config, api, load)))
             if await _first(starting, signals.stop):
                 tasks.add(asyncio.create_task(_load_lines(api, config.log_stats_interval)))
-                await signals.stop.wait()
+                assert api.service is not None
+                failure = asyncio.create_task(api.service.failed.wait())
+                tasks.add(failure)
+                if await _first(failure, signals.stop):
+                    raise RuntimeError("the engine failed; its log line says why")
                 await _drain(api, config.shutdown_timeout, signals.hurry)
             else:  # Nothing is lost, and a thread that compiles cannot be stopped.
                 log.event("stopped while loading")
@@ -90,7 +95,7 @@ async def _start(config: ServerConfig, api: Api, load) -> None:
     log.event("ready", seconds=time.perf_counter() - begin, trees=",".join(api.service.trees))
 
 
-async def _first(task: asyncio.Task[None], stop: asyncio.Event) -> bool:
+async def _first(task: asyncio.Task[Any], stop: asyncio.Event) -> bool:
     """Whether `task` ended before `stop` was set; its error is raised."""
     waiting = asyncio.create_task(stop.wait())
     await asyncio.wait({task, waiting}, return_when=asyncio.FIRST_COMPLETED)

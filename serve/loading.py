@@ -105,10 +105,17 @@ def engine_config(config: ServerConfig, target: Target, draft: Draft | None) -> 
     tokens = config.max_num_batched_tokens or own.tokens_per_step
     chunks = [size for size in own.chunk_sizes if size <= tokens]
     programs = Programs(ladder(config, draft), buckets(config))
+    pages = num_pages(config, target, draft, programs.buckets[-1], length)
+    room = (pages - 1) * config.block_size
+    if config.max_model_len is not None and room < length:
+        raise ValueError(
+            f"--max-model-len is {length}, the KV cache has room for {room} tokens: lower it, or "
+            "give more memory or --num-gpu-blocks-override"
+        )
     return EngineConfig(
-        max_model_len=length,
+        max_model_len=min(length, room),
         programs=programs,
-        num_pages=num_pages(config, target, draft, programs.buckets[-1], length),
+        num_pages=pages,
         page_size=config.block_size,
         prefix_caching=config.enable_prefix_caching,
         chunk_sizes=tuple(chunks) or (tokens,),

@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
+from .dispatch import PLAIN
 from .request import Delta, EngineStatus, RequestStats
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-PLAIN = "plain"
 FAST = (
     0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1, 2.5, 5,
     10,

@@ -13,14 +13,16 @@ from typing import Annotated, Any, Literal, TypeVar
 import pydantic
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from jax_eagle.logprobs import MAX_TOP
 from jax_eagle.sampling import MAX_BAD_WORDS
 
 from .errors import bad_request
 from .features import NEUTRAL, NOT_BUILT, refused_pair
-from .request import MAX_TOP_LOGPROBS
 
 MAX_CHOICES = 128
 """Sequences of one request: prompts times n."""
+MAX_WORDS = MAX_BAD_WORDS // 2
+"""Each bad word is looked for with and without a space before it."""
 MAX_STOPS, MAX_STOP_LENGTH = 16, 256
 """Stop strings of a request, and characters of one."""
 MAX_STOP_TOKENS = 16
@@ -119,7 +121,7 @@ class Generation(Body):
     min_tokens: int = Field(0, ge=0, lt=2**31)
     logit_bias: Annotated[list[tuple[int, float]], BeforeValidator(_biases)] = []
     allowed_token_ids: list[int] | None = Field(None, min_length=1)
-    bad_words: Annotated[list[Label], BeforeValidator(_texts)] = Field([], max_length=MAX_BAD_WORDS)
+    bad_words: Annotated[list[Label], BeforeValidator(_texts)] = Field([], max_length=MAX_WORDS)
     stop: Annotated[
         list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]],
         BeforeValidator(_texts),
@@ -146,7 +148,7 @@ class CompletionBody(Generation):
 
     prompt: Annotated[list[Prompt], BeforeValidator(_prompts), Field(max_length=MAX_CHOICES)]
     max_tokens: int = Field(16, ge=1, lt=2**31)
-    logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    logprobs: int | None = Field(None, ge=0, le=MAX_TOP)
     echo: bool = False
 
     @property
@@ -188,9 +190,7 @@ class ChatBody(Generation):
     max_completion_tokens: int | None = Field(None, ge=1, lt=2**31)
     max_tokens: int | None = Field(None, ge=1, lt=2**31)
     logprobs: bool = False
-    top_logprobs_asked: int | None = Field(
-        None, ge=0, le=MAX_TOP_LOGPROBS, validation_alias="top_logprobs"
-    )
+    top_logprobs_asked: int | None = Field(None, ge=0, le=MAX_TOP, validation_alias="top_logprobs")
     add_generation_prompt: bool = True
 
     @property

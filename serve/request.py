@@ -8,8 +8,6 @@ import dataclasses
 
 from jax_eagle.sampling import SamplingParams
 
-MAX_TOP_LOGPROBS = 20
-
 
 @dataclasses.dataclass(frozen=True)
 class Request:
@@ -29,7 +27,7 @@ class Request:
     """Whether a stop string stays in the text."""
     skip_special_tokens: bool = True
     logprobs: int | None = None
-    """Alternatives to report for each token, at most MAX_TOP_LOGPROBS; None: no log-probabilities.
+    """Alternatives to report for each token, `logprobs.MAX_TOP` at most; None: no logprobs at all.
     They are those of the target's own logits, before penalties, bias, temperature and filters."""
     tree: str | None = None
     """None: the dispatcher's choice; "plain": no speculation; or one of the engine's trees."""

@@ -17,7 +17,7 @@ No jax here: integers and lists.
 import dataclasses
 import enum
 import sys
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterable
 
 from .dispatch import PLAIN, Dispatcher, Programs
@@ -63,12 +63,10 @@ class Sequence:
     """Prompt tokens found in the prefix cache at the first admission."""
     length: int = 0
     """Tokens in the target's cache, as far as is known."""
-    bound: int = 0
-    """... and at most, once all enqueued calls are done."""
+    growths: deque[int] = dataclasses.field(default_factory=deque)
+    """What each enqueued call whose result is not read may add to `length`, oldest first."""
     pending: int = 0
     """Pairs that wait for the draft at most, the root's included."""
-    in_flight: int = 0
-    """Enqueued calls whose results are not read; each gives one token at least."""
     epoch: int = 0
     """Counts preemptions: results of calls from before one are not for this life."""
     preemptions: int = 0
@@ -92,6 +90,16 @@ class Sequence:
     def decoding(self) -> bool:
         """Whether the prompt is in the cache, or its last chunk is enqueued."""
         return self.phase is Phase.DECODE
+
+    @property
+    def in_flight(self) -> int:
+        """Enqueued calls whose results are not read; each gives one token at least."""
+        return len(self.growths)
+
+    @property
+    def bound(self) -> int:
+        """What `length` will be at most, once all enqueued calls are done."""
+        return self.length + sum(self.growths)
 
     @property
     def exhausted(self) -> bool:
@@ -132,9 +140,6 @@ class Step:
     decodes: list[Decode] = dataclasses.field(default_factory=list)
     admitted: list[Sequence] = dataclasses.field(default_factory=list)
     chunks: list[Chunk] = dataclasses.field(default_factory=list)
-
-    def __bool__(self) -> bool:
-        return bool(self.decodes or self.chunks)
 
 
 class Scheduler:
@@ -192,12 +197,13 @@ class Scheduler:
         """Takes in the result of a call: new tokens, and the length of the target's cache."""
         sequence.output += tokens
         sequence.length = length
-        sequence.in_flight -= 1
+        sequence.growths.popleft()
 
     def written(self, sequence: Sequence, length: int) -> None:
         """Registers the pages that both caches have filled with known tokens, up to `length`."""
-        tokens = sequence.prompt + tuple(sequence.output)
-        self._register(sequence, tokens, min(length, len(tokens)))
+        length = min(length, len(sequence.prompt) + len(sequence.output))
+        if length // self.pool.page_size > sequence.registered:
+            self._register(sequence, [*sequence.prompt, *sequence.output], length)
 
     @property
     def held(self) -> list[list[int]]:
@@ -245,22 +251,27 @@ class Scheduler:
             sequence.pending = 1
         for sequence in call:
             sequence.pending = depth + 1 if depth else sequence.pending + 1
-            sequence.bound += depth + 1
-            sequence.in_flight += 1
+            sequence.growths.append(depth + 1)
         return behind
 
     def _admit(self, step: Step) -> None:
         """Lets in whom one step can prefill a bit of; a prefix is looked up no sooner than that."""
         self.waiting.sort(key=lambda s: s.rank)
-        room = max(1, self._budget // self._chunk_sizes[0])
-        room -= sum(s.phase is Phase.PREFILL for s in self.running)
-        while self.waiting and self._slots and len(step.admitted) < room:
+        most = max(1, self._budget // self._chunk_sizes[0])
+        while self.waiting and self._slots:
             sequence = self.waiting[0]
             context = sequence.context
-            hashes = page_hashes(context, self.pool.page_size, sequence.salt)
+            sequence.hashes += page_hashes(
+                context, self.pool.page_size, sequence.salt, known=sequence.hashes
+            )
             # At least one token is left to prefill: the last one's output draws the next.
-            usable = (len(context) - 1) // self.pool.page_size
-            found = self.pool.match(hashes[:usable])
+            usable = sequence.hashes[: (len(context) - 1) // self.pool.page_size]
+            prefilling = [s for s in self.running if s.phase is Phase.PREFILL]
+            if sum(s.rank < sequence.rank for s in prefilling) >= most:
+                return
+            if usable and any(s.hashes[: len(usable)] == usable for s in prefilling):
+                return  # another choice of the same request: its pages will be there to share
+            found = self.pool.match(usable)
             fresh = self._pages_for(len(context) + 1) - len(found)
             # Everybody who runs may soon need a page more: newcomers leave that many.
             if fresh + len(self.running) > self.pool.num_free:
@@ -268,45 +279,45 @@ class Scheduler:
                 return
             self.waiting.pop(0)
             pages = found + (self.pool.allocate(fresh) or [])
-            self._start(sequence, pages, hashes, len(found))
+            self._start(sequence, pages, len(found))
             step.admitted.append(sequence)
 
-    def _start(self, sequence: Sequence, pages: list[int], hashes: list[bytes], found: int) -> None:
+    def _start(self, sequence: Sequence, pages: list[int], found: int) -> None:
         cached = found * self.pool.page_size
         if not sequence.preemptions:
             sequence.cached = cached
             self.prefix_queries += len(sequence.prompt)
             self.prefix_hits += cached
         sequence.phase, sequence.slot = Phase.PREFILL, self._slots.pop()
-        sequence.pages, sequence.hashes, sequence.registered = pages, hashes, found
-        sequence.found = sequence.prefilled = sequence.length = sequence.bound = cached
+        sequence.pages, sequence.registered = pages, found
+        sequence.found = sequence.prefilled = sequence.length = cached
         sequence.boundary_page = pages[found - 1] if found else 0
         self.running.append(sequence)
 
     def _plan_chunks(self, step: Step) -> None:
-        """One chunk for each sequence in turn, while the budget lasts.
+        """Chunks for the sequences in turn, until the budget is used.
 
-        The first one leaves room for the others, so a long prompt does not hold up short ones.
+        Each leaves room for the next one's, so a long prompt does not hold up short ones.
         """
         prefilling = [s for s in self.running if s.phase is Phase.PREFILL]
-        prefilling.sort(key=lambda s: s.rank)
+        turn = deque(sorted(prefilling, key=lambda s: s.rank))
         budget, smallest = self._budget, self._chunk_sizes[0]
-        for i, sequence in enumerate(prefilling):
-            if i and budget < smallest:
-                return
-            reserved = smallest if i == 0 and len(prefilling) > 1 else 0
-            sizes = [n for n in self._chunk_sizes if n <= budget - reserved] or [smallest]
+        while turn and (budget >= smallest or not step.chunks):
+            sequence = turn.popleft()
+            room = budget - (smallest if turn else 0)
+            sizes = [n for n in self._chunk_sizes if n <= room] or [smallest]
             left = len(sequence.context) - sequence.prefilled
             size = next((n for n in sizes if n >= left), sizes[-1])
-            count = min(left, size)
             budget -= size
-            step.chunks.append(Chunk(sequence, sequence.prefilled, count, size))
-            sequence.prefilled += count
-            sequence.length = sequence.bound = sequence.prefilled
+            step.chunks.append(Chunk(sequence, sequence.prefilled, min(left, size), size))
+            sequence.prefilled += min(left, size)
+            sequence.length = sequence.prefilled
             self._register(sequence, sequence.context, sequence.prefilled)
-            if sequence.prefilled == len(sequence.context):
-                sequence.phase, sequence.pending = Phase.DECODE, 1
-                sequence.in_flight += 1
+            if left > size:
+                turn.append(sequence)
+                continue
+            sequence.phase, sequence.pending = Phase.DECODE, 1
+            sequence.growths.append(0)
 
     # ---- pages ---------------------------------------------------------------------------------
 
@@ -325,7 +336,9 @@ class Scheduler:
             if fresh is not None:
                 sequence.pages += fresh
                 break
-            victim = max(self.running, key=lambda s: s.rank)
+            # Whoever is about to end anyway keeps what is under way.
+            losers = [s for s in self.running if s is sequence or not s.exhausted]
+            victim = max(losers, key=lambda s: s.rank)
             self._preempt(victim)
             if victim is sequence:
                 return False
@@ -344,7 +357,7 @@ class Scheduler:
         self.running.remove(sequence)
         self._slots.append(sequence.slot)
         sequence.slot, sequence.pages, sequence.hashes = -1, [], []
-        sequence.in_flight = 0
+        sequence.growths.clear()
         sequence.epoch += 1
 
     def _register(self, sequence: Sequence, tokens, length: int) -> None:

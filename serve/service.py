@@ -85,6 +85,8 @@ class Service:
         self._status, self._published = EngineStatus(), 0.0
         self._warm = self._draining = self._stopped = False
         self._idle = asyncio.Event()
+        self.failed = asyncio.Event()
+        """Set when the engine's thread has died: nothing will be answered any more."""
         self._thread: threading.Thread | None = None
 
     # ---- the loop's side -----------------------------------------------------------------------
@@ -110,7 +112,7 @@ class Service:
         """Queues requests, all of them or none.
 
         Raises:
-          ValueError: a request that this engine can never run.
+          ValueError: a request that this engine or this queue can never take.
           QueueFull: too much is queued.
           Draining: the service is about to end, or not warm yet.
         """
@@ -123,6 +125,8 @@ class Service:
             (self._max_requests, len(self._streams), len(requests)),
             (self._max_tokens, sum(self._waiting_tokens.values()), tokens),
         ):
+            if limit is not None and more > limit:
+                raise ValueError(f"the request alone is {more} of at most {limit} that may queue")
             if limit is not None and queued + more > limit:
                 raise QueueFull(retry_after=max(1.0, self._seconds))
         streams = [Stream(self, request) for request in requests]
@@ -224,5 +228,6 @@ class Service:
 
     def _fail(self) -> None:
         """Ends all streams after the engine's thread has died."""
+        self.failed.set()
         last = Delta("", (), finish_reason="error")
         self._distribute([(request_id, last) for request_id in list(self._streams)])

@@ -15,12 +15,12 @@ from jax_eagle.checkpoint.files import read_json
 from jax_eagle.sampling import SamplingParams
 from jax_eagle.tokenizer import Tokenizer
 
+from .dispatch import PLAIN
 from .errors import bad_request
 from .prompts import Prompts, limit_of
 from .protocol import ChatBody, CompletionBody, Generation
 from .request import Request
 
-PLAIN = "plain"
 DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 """What a model's generation_config.json may preset."""
 

@@ -14,6 +14,7 @@ from tests.engines import (
     NUM_PAGES,
     PAGE,
     PROGRAMS,
+    SLOTS,
     VOCAB,
     Run,
     make_engine,
@@ -252,13 +253,17 @@ BAD = {
     "foreign stop": (request([1], stop_token_ids=(-1,)), "token -1"),
     "stops": (request([1], stop_token_ids=(1,) * 40), "at most 32"),
     "bias": (request([1], sampling=SamplingParams(logit_bias=((9, 1.0),))), "logit_bias names"),
+    "no law": (
+        request([1], sampling=SamplingParams(allowed_token_ids=(1, 2), bad_words=((1,), (2,)))),
+        "leaves no token",
+    ),
 }
 
 
 @pytest.mark.parametrize("bad, message", BAD.values(), ids=BAD)
 def test_what_can_never_run_is_refused(engine, bad, message):
     with pytest.raises(ValueError, match=message):
-        engine.add(bad, lambda delta: None)
+        engine.check(bad)
 
 
 # ---- log-probabilities -------------------------------------------------------------------------
@@ -281,3 +286,72 @@ def test_logprobs_are_those_of_the_targets_logits(models, engine, tree):
         assert [i for i, _ in entry.top] == np.argsort(-row)[:3].tolist()
         assert [x for _, x in entry.top] == pytest.approx(np.sort(row)[::-1][:3], abs=1e-4)
     assert all(delta.logprobs is None for delta in it.deltas[silent.id])
+
+
+# ---- what the host leaves behind ---------------------------------------------------------------
+
+
+def test_the_idle_slot_neither_runs_nor_slows_others_down(models):
+    """Calls are padded with it: one with controls would have all of them shape their logits."""
+    state = make_engine(*models)._device._slots.state
+    assert int(state.finish[SLOTS]) != 0 and not np.asarray(state.controls.active).any()
+
+
+def test_the_host_does_not_run_ahead_of_a_long_prompt(engine, monkeypatch):
+    """At most two steps' chunks are under way, so a newcomer waits for no more than those."""
+    under_way, most = [], 0
+    prefill = engine._device.prefill
+
+    def watched(chunk):
+        under_way.append(prefill(chunk))
+        return under_way[-1]
+
+    monkeypatch.setattr(engine._device, "prefill", watched)
+    it = Run(engine)
+    it.add(request([1] * 60, 2))
+    while engine.busy:
+        it.step()
+        most = max(most, len(engine._calls))
+    assert len(under_way) == 4 and most <= 1
+
+
+def test_choices_of_one_prompt_share_its_pages(engine):
+    choices = [request([3] * 30, 4, sampling=SamplingParams(1.0, seed=i)) for i in range(4)]
+    it = run(engine, *choices)
+    assert [it.last(r).stats.cached_tokens for r in choices] == [0, 24, 24, 24]
+
+
+def test_controls_survive_a_preemption(engine):
+    """Penalties, minimum and bad words count what was given out before the pages were lost."""
+    own = {
+        "presence_penalty": 0.7, "frequency_penalty": 0.4, "repetition_penalty": 1.3,
+        "min_tokens": 9, "bad_words": ((1, 2), (3, 3, 3)), "logit_bias": ((5, 0.5),),
+    }  # fmt: skip
+
+    def ask():
+        return [
+            request(
+                [i % VOCAB, 2, 4, 1] * 3, 18, logprobs=2, stop_token_ids=(2,),
+                sampling=SamplingParams(temperature=0.9, seed=i, **own),
+            )
+            for i in range(10)
+        ]  # fmt: skip
+
+    calm, pressed = ask(), ask()
+    undisturbed = run(engine, *calm)
+    engine.pool.forget()
+    hostages = engine.pool.allocate(NUM_PAGES - 9)
+    it = Run(engine)
+    it.add(*pressed)
+    it.finish(hostages)
+    engine.pool.release(hostages)
+    assert sum(it.last(r).stats.preemptions for r in pressed) > 2
+    for a, b in zip(calm, pressed, strict=True):
+        assert it.tokens(b) == undisturbed.tokens(a)
+        assert it.last(b).finish_reason == undisturbed.last(a).finish_reason
+        for x, y in zip(
+            (e for d in undisturbed.deltas[a.id] for e in d.logprobs),
+            (e for d in it.deltas[b.id] for e in d.logprobs),
+            strict=True,
+        ):
+            assert x.logprob == pytest.approx(y.logprob, abs=1e-4)

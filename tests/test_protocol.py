@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jax_eagle.sampling import MAX_BAD_WORDS, SamplingParams
+from jax_eagle.sampling import SamplingParams
 from serve import protocol
 from serve.answers import acceptance
 from serve.errors import ApiError
 from serve.features import CHAT, COMPLETIONS, FEATURES, NEUTRAL, NOT_BUILT, REFUSED, explain, pairs
-from serve.protocol import ChatBody, CompletionBody, TokenizeBody
+from serve.protocol import MAX_WORDS, ChatBody, CompletionBody, TokenizeBody
 from serve.translation import Translator, read_defaults
 from tests.serving import ScriptedService, byte_tokenizer, example, stats
 
@@ -178,7 +178,7 @@ BAD_FIELDS = {
     "logit_bias": ([], {"a": 1}, {"258": 1}, {"-1": 1}, {"1": 101}, {"1": math.nan},
                    {"1": "x"}, {"1": True}, {str(i): 0 for i in range(1025)}),
     "allowed_token_ids": ([], [258], [-1], [True], "1", [1.0]),
-    "bad_words": ([""], [1], ["x" * 9], ["x" * 257], [str(i) for i in range(MAX_BAD_WORDS + 1)]),
+    "bad_words": ([""], [1], ["x" * 9], ["x" * 257], [str(i) for i in range(MAX_WORDS + 1)]),
     "stop": ([""], 1, ["a"] * 17, ["x" * 257], {}, [["a"]]),
     "stop_token_ids": ([258], ["a"], list(range(17))),
     "logprobs": (-1, 21, True, "2"),
