@@ -84,6 +84,10 @@ class Reservoir:
             self.values[place] = value
 
 
+class _Refused(Exception):
+    """A server that shuts down gives a request back, in a stream that is already open."""
+
+
 @dataclasses.dataclass
 class _Answer:
     """One stream, as far as it came."""
@@ -117,6 +121,8 @@ class _Answer:
                 self.prompt_tokens = int(usage.get("prompt_tokens") or 0)
         except (AttributeError, LookupError, TypeError, ValueError):
             raise ValueError(f"not an event of a completion: {data}") from None
+        if error and error.get("type") == "service_unavailable_error":
+            raise _Refused(f"in the stream: {error.get('message')}")
         if error:
             raise ValueError(f"error in the stream: {error}")
         self.tokens += brings_tokens and not self.counted
@@ -173,6 +179,8 @@ class LoadClient:
             record.status, record.detail = "error", f"no end within {self._timeout:g} s"
         except httpx2.ConnectError as error:
             record.status, record.detail = "error", f"no connection: {error}"
+        except _Refused as error:
+            record.status, record.detail = "refused", str(error)[:_LONGEST_MESSAGE]
         except (httpx2.HTTPError, ValueError) as error:
             text = str(error) or type(error).__name__
             record.status, record.detail = "error", text[:_LONGEST_MESSAGE]

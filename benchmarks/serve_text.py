@@ -35,7 +35,9 @@ from .prompts import as_chat, mt_bench
 from .server_process import ServerProcess
 from .text_client import Answer, Company, ask
 
-_PAGE_SIZE = 16  # small, so that prompts and answers cross many borders
+_TREES = [[2, "static:3"], [None, "chain:1"]]  # a server on a CPU does not speculate in company
+_PAGE_SIZE = 16  # so small that every answer crosses a border
+_SMALL_PAGE = 8  # sequences that have to grow by several pages run out of them
 _READY_SECONDS = 1200
 
 
@@ -112,46 +114,41 @@ def long_prompts(target: Target, texts: Sequence[str], count: int) -> list[list[
 
 def servers(
     target: Target, texts: Sequence[str], settings: Settings
-) -> Iterator[tuple[list[str], list[Case]]]:
+) -> list[tuple[list[str], list[Case]]]:
     """The flags of each server, and what it is asked."""
     short, long = as_chat(target, list(texts)), long_prompts(target, texts, -(-len(texts) // 4))
     questions = questions_of(target, [*short, *long], settings.new_tokens)
     first, chunked = questions[: len(short)], questions[len(short) :]
     later = follow_ups(target, first, settings.new_tokens)
-    speculation = ["--speculative-config", json.dumps({"model": settings.draft})]
-    company, found = ("drafts", "cancelled"), ("found",)
-    # Others need pages too, so what is to be found is asked for before they come.
-    yield (
-        speculation,
-        [
-            Case("alone", first, some=("drafts",)),
-            Case("alone, plain", first, none=("found", "drafts"), speculation=False),
-            Case("alone, in chunks", chunked, some=("drafts",)),
-            Case("found", first, some=found, none=(), salt="alone"),
-            Case("found, follow-ups", later, some=found, none=(), salt="alone"),
-            Case("found, written plain", later, some=found, none=(), salt="alone, plain"),
-            Case("found, in company", later, "in company", (*found, *company), (), "alone"),
-            Case("in company", first, "in company", company),
-            Case("in company, in chunks", chunked, "in company", company),
-        ],
-    )
-    # All are let in, with a page each to grow by: most of them need more.
-    together = short[: settings.slots]
-    pages = sum(len(ids) // _PAGE_SIZE + 2 for ids in together)
-    longest = -(-(max(map(len, short)) + settings.new_tokens) // _PAGE_SIZE)
-    yield (
-        [*speculation, "--num-gpu-blocks-override", f"{max(pages, longest)}"],
-        [
-            Case("preempted", first, "at once", some=("drafts", "preemptions")),
-        ],
-    )
-    yield (
-        ["--speculative-config", "none"],
-        [
-            Case("no draft, alone", first, none=("found", "drafts")),
-            Case("no draft, in company", first, "in company", ("cancelled",), ("found", "drafts")),
-        ],
-    )
+    speculation = ["--speculative-config", json.dumps({"model": settings.draft, "tree": _TREES})]
+    company, found, plain = ("drafts", "cancelled"), ("found",), ("found", "drafts")
+    # Pages are found until newer ones take their place, so the cases of one salt stand together.
+    speculating = [
+        Case("alone", first, some=("drafts",)),
+        Case("found", first, some=found, none=(), salt="alone"),
+        Case("found, follow-ups", later, some=found, none=(), salt="alone"),
+        Case("alone, plain", first, none=plain, speculation=False),
+        Case("found, written plain", later, some=found, none=(), salt="alone, plain"),
+        Case("found, in company", later, "in company", (*found, *company), (), "alone, plain"),
+        Case("alone, in chunks", chunked, some=("drafts",)),
+        Case("in company", first, "in company", company),
+        Case("in company, in chunks", chunked, "in company", company),
+    ]
+    # All slots fill, and in the middle of their answers there are no pages left.
+    halfway = [-(-(len(ids) + settings.new_tokens // 2) // _SMALL_PAGE) for ids in short]
+    longest = -(-(max(map(len, short)) + settings.new_tokens) // _SMALL_PAGE)
+    few = max(longest, sum(halfway[: settings.slots]))
+    small = ["--block-size", f"{_SMALL_PAGE}", "--num-gpu-blocks-override", f"{few}"]
+    preempting = [Case("preempted", [*first] * 3, "at once", ("drafts", "preemptions"))]
+    draftless = [
+        Case("no draft, alone", first, none=plain),
+        Case("no draft, in company", first, "in company", ("cancelled",), plain),
+    ]
+    return [
+        (speculation, speculating),
+        ([*speculation, *small], preempting),
+        (["--speculative-config", "none"], draftless),
+    ]
 
 
 # ---- one case ----------------------------------------------------------------------------------

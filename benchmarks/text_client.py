@@ -17,6 +17,7 @@ import httpx2
 from .load_metrics import ServerFigures, read_metrics_when_idle
 
 _IDLE_SECONDS = 30.0
+_STATUS_SECONDS = 0.3  # what the server says of itself is a quarter of a second old at most
 _CLOSED_SHARE, _MOST_CHUNKS_READ = 0.5, 8
 
 
@@ -83,6 +84,7 @@ async def ask(
                 answers = [await _answer(http, body) for body in bodies]
             for task in others:
                 task.cancel()
+        await asyncio.sleep(_STATUS_SECONDS)
         after = await read_metrics_when_idle(http, _IDLE_SECONDS)
     if before is None or after is None:
         raise RuntimeError(f"{url}/metrics cannot be read")

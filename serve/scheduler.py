@@ -269,7 +269,9 @@ class Scheduler:
             prefilling = [s for s in self.running if s.phase is Phase.PREFILL]
             if sum(s.rank < sequence.rank for s in prefilling) >= most:
                 return
-            if usable and any(s.hashes[: len(usable)] == usable for s in prefilling):
+            if any(
+                s.registered < len(usable) and s.hashes[: len(usable)] == usable for s in prefilling
+            ):
                 return  # another choice of the same request: its pages will be there to share
             found = self.pool.match(usable)
             fresh = self._pages_for(len(context) + 1) - len(found)

@@ -85,6 +85,7 @@ class Service:
         self._status, self._published = EngineStatus(), 0.0
         self._warm = self._draining = self._stopped = False
         self._idle = asyncio.Event()
+        self._idle.set()
         self.failed = asyncio.Event()
         """Set when the engine's thread has died: nothing will be answered any more."""
         self._thread: threading.Thread | None = None
@@ -100,7 +101,6 @@ class Service:
         """Compiles everything; returns when the engine is warm, raises what kept it from that."""
         loop = asyncio.get_running_loop()
         warm: asyncio.Future[None] = loop.create_future()
-        self._idle.set()
         self._thread = threading.Thread(
             target=self._run, args=(loop, warm), name="engine", daemon=True
         )
@@ -121,12 +121,14 @@ class Service:
         for request in requests:
             self._engine.check(request)
         tokens = sum(len(request.prompt) for request in requests)
-        for limit, queued, more in (
+        limits = (
             (self._max_requests, len(self._streams), len(requests)),
             (self._max_tokens, sum(self._waiting_tokens.values()), tokens),
-        ):
+        )
+        for limit, _, more in limits:
             if limit is not None and more > limit:
                 raise ValueError(f"the request alone is {more} of at most {limit} that may queue")
+        for limit, queued, more in limits:
             if limit is not None and queued + more > limit:
                 raise QueueFull(retry_after=max(1.0, self._seconds))
         streams = [Stream(self, request) for request in requests]

@@ -35,7 +35,7 @@ def server(settings):
     speculation = json.dumps({"model": settings.draft, "tree": "static:3"})
     with ServerProcess(
         settings.model, "--speculative-config", speculation, "--max-num-seqs", "4",
-        "--batch-buckets", "4", "--block-size", "8", "--num-gpu-blocks-override", "24",
+        "--batch-buckets", "4", "--block-size", "8", "--num-gpu-blocks-override", "48",
     ) as server:  # fmt: skip
         server.wait_until_ready()
         yield server
@@ -49,8 +49,11 @@ def cases(target, settings):
 
 
 def test_cases_are_equal_and_show_what_they_should(server, target, settings, cases):
-    names = "alone", "found", "found, follow-ups", "alone, plain", "in company", "preempted"
-    rows = [run_case(server.url, target, cases[name], settings) for name in names]
+    names = "alone", "found", "found, follow-ups", "alone, plain", "in company"
+    chosen = [cases[name] for name in names]
+    long = [*cases["found, follow-ups"].questions] * 3
+    chosen.append(dataclasses.replace(cases["preempted"], questions=long))
+    rows = [run_case(server.url, target, case, settings) for case in chosen]
     for row in rows:
         assert row["equal"] and row["problems"] == [], row
     assert [row["prompts"] for row in rows] == [4] * 5 + [12]
