@@ -134,10 +134,10 @@ def servers(
         Case("in company", first, "in company", company),
         Case("in company, in chunks", chunked, "in company", company),
     ]
-    # All slots fill, and in the middle of their answers there are no pages left.
-    halfway = [-(-(len(ids) + settings.new_tokens // 2) // _SMALL_PAGE) for ids in short]
+    # All slots fill, and a quarter into their answers there are no pages left.
+    filled = [-(-(len(ids) + settings.new_tokens // 4) // _SMALL_PAGE) for ids in short]
     longest = -(-(max(map(len, short)) + settings.new_tokens) // _SMALL_PAGE)
-    few = max(longest, sum(halfway[: settings.slots]))
+    few = max(longest, sum(filled[: settings.slots]))
     small = ["--block-size", f"{_SMALL_PAGE}", "--num-gpu-blocks-override", f"{few}"]
     preempting = [Case("preempted", [*first] * 3, "at once", ("drafts", "preemptions"))]
     draftless = [
