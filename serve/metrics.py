@@ -1,9 +1,9 @@
 """Prometheus metrics: vLLM's names, and ours for trees.
 
 Gauges and counters are those of the engine's last snapshot, a quarter of a second old at most while
-it runs, and cost nothing between. Histograms are filled as requests go on. What vLLM counts by "position" is depth
-here; a tree drafts several nodes at a depth, so accepted over drafted tokens is no measure of
-quality: the series `..._per_node` are there for those who want the ratio all the same.
+it runs, and cost nothing between. Histograms are filled as requests go on. What vLLM counts by
+"position" is depth here; a tree drafts several nodes at a depth, so accepted over drafted tokens is
+no measure of quality: the series `..._per_node` are there for those who want that ratio.
 """
 
 import time
