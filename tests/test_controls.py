@@ -16,7 +16,7 @@ from serve.dispatch import PLAIN
 from tests.engines import BUSHY, CONTEXT, PAGE, VOCAB, Run, make_engine, request, run
 
 PROMPT = [1, 4, 0, 2, 5, 3, 3, 1, 0]
-DEPTH, SAMPLES = 3, 700
+DEPTH, SAMPLES = 3, 600
 STOP = (2,)
 CONTROLS = {
     "plain": {},
@@ -146,7 +146,7 @@ def test_each_control_changes_the_law(exact_laws, samples, name):
     law, texts = exact_laws["plain"], [text for _, text in samples[name]]
     observed = np.array([texts.count(outcome) for outcome in law])
     expected = SAMPLES * np.array(list(law.values()))
-    assert observed.sum() < SAMPLES or pvalue(observed, expected) < 1e-6
+    assert observed.sum() < SAMPLES or pvalue(observed, expected) < 1e-4
 
 
 @pytest.mark.parametrize("name", CONTROLS)

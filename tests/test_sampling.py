@@ -42,9 +42,8 @@ logits_strategy = st.lists(ties | grid, min_size=V, max_size=V)
 
 
 def law_options(params: SamplingParams) -> dict:
-    options = dataclasses.asdict(params)
-    del options["seed"]
-    return options
+    filters = "temperature", "top_k", "top_p", "min_p"
+    return {name: getattr(params, name) for name in filters}
 
 
 def softmax(scores) -> np.ndarray:
