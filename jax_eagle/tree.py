@@ -259,7 +259,7 @@ AUTO_TREES: dict[str, tuple[tuple[int | None, str], ...]] = {
 """The tree dispatcher (arXiv 2508.08192, inference): (largest batch, tree), by platform. Verifying
 more nodes is free while weights bound the step, so small batches take bigger trees. A CPU becomes
 compute-bound at a few rows: one sequence is fastest with static:3, eight without a tree
-(benchmarks/results/speed_cpu.json, engine_cpu.json). The GPU's table is a guess, not measured yet."""
+(benchmarks/results/speed_cpu.json, engine_cpu.json). The GPU's table is a guess, unmeasured."""
 
 
 def parse_tree(text: str, *, batch: int = 1, platform: str = "cpu") -> TreeShape:
