@@ -17,7 +17,10 @@ from .translation import Job
 LEAST_LOGPROB = -9999.0
 """JSON has no infinities."""
 FAILURES = {
-    "error": (500, "the model gave no number that a token could be drawn by (NaN logits)"),
+    "error": (
+        500,
+        "no token could be drawn: logits are NaN, or bad_words forbid all the rest",
+    ),
     "abort": (503, "the server is shutting down: send the request again"),
 }
 """Finish reasons that are no answer, with their status."""

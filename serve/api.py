@@ -115,7 +115,7 @@ class Api:
             return EventStream(self._events(answer, chunks), deltas, self.config.stream_timeout)
         async with deltas:
             await while_connected(request.receive, _exhaust(chunks))
-        return _json(answer.whole())
+        return JSONResponse(answer.whole())
 
     async def _chunks(
         self, answer: Answer, deltas: Merged, facts: dict[str, Any]
@@ -173,7 +173,7 @@ class Api:
             count, limit = len(ids), service.max_model_len
             return {"count": count, "max_model_len": limit, "tokens": ids, "token_strs": texts}
 
-        return _json(await asyncio.to_thread(tokens))
+        return JSONResponse(await asyncio.to_thread(tokens))
 
     async def detokenize(self, request: HttpRequest) -> Response:
         """POST /detokenize."""
@@ -184,20 +184,20 @@ class Api:
             body, _ = self._read(protocol.DetokenizeBody, content)
             return {"prompt": translator.prompts.text(body)}
 
-        return _json(await asyncio.to_thread(text))
+        return JSONResponse(await asyncio.to_thread(text))
 
     # ---- the server ----------------------------------------------------------------------------
 
     async def models(self, request: HttpRequest) -> Response:
         """GET /v1/models."""
         data = [self._card(name) for name in self.config.model_names]
-        return _json({"object": "list", "data": data})
+        return JSONResponse({"object": "list", "data": data})
 
     async def model(self, request: HttpRequest) -> Response:
         """GET /v1/models/NAME."""
         name = request.path_params["name"]
         self._check_model(name)
-        return _json(self._card(name))
+        return JSONResponse(self._card(name))
 
     async def health(self, request: HttpRequest) -> Response:
         """GET /health, /ping: 200 when requests are taken."""
@@ -206,11 +206,11 @@ class Api:
 
     async def version(self, request: HttpRequest) -> Response:
         """GET /version."""
-        return _json({"version": importlib.metadata.version("jax-eagle")})
+        return JSONResponse({"version": importlib.metadata.version("jax-eagle")})
 
     async def load(self, request: HttpRequest) -> Response:
         """GET /load: requests being answered."""
-        return _json({"server_load": self._running})
+        return JSONResponse({"server_load": self._running})
 
     async def prometheus(self, request: HttpRequest) -> Response:
         """GET /metrics."""
@@ -269,10 +269,6 @@ async def _exhaust(chunks: AsyncGenerator[Any, None]) -> None:
             pass
     finally:
         await chunks.aclose()
-
-
-def _json(content: Any) -> Response:
-    return JSONResponse(content)
 
 
 async def _no_route(request: HttpRequest, error: Exception) -> Response:

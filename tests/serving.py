@@ -43,14 +43,19 @@ TEMPLATE = (
 )
 
 
-def byte_tokenizer() -> Tokenizer:
-    """One token a byte, two special ones, and a chat template. The end of text is 257."""
+def byte_tokenizer(
+    template: str = TEMPLATE, special: Sequence[str] = ("<assistant>", "<end>")
+) -> Tokenizer:
+    """One token a byte, the special ones behind them, and a chat template.
+
+    By default the end of text is 257.
+    """
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Backend(models.BPE(vocab={c: i for i, c in enumerate(letters)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(["<assistant>", "<end>"])
-    return Tokenizer(_fast_tokenizer()(tokenizer_object=backend, chat_template=TEMPLATE))
+    backend.add_special_tokens(list(special))
+    return Tokenizer(_fast_tokenizer()(tokenizer_object=backend, chat_template=template))
 
 
 def save_tiny_model(folder: Path, max_position: int = 256) -> None:

@@ -14,15 +14,14 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from rich.console import Console
-from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers
 
 from jax_eagle import Draft, Target, bench, cli, generate, load_draft, load_target, terminal
 from jax_eagle.checkpoint import eagle, hf
 from jax_eagle.checkpoint.mapping import draft_entries, nested, target_entries
 from jax_eagle.config import DraftConfig, LlamaConfig
 from jax_eagle.generate import RoundEvent
-from jax_eagle.tokenizer import TextPieces, Tokenizer, _fast_tokenizer
+from jax_eagle.tokenizer import TextPieces
+from tests import serving
 
 CONFIG = LlamaConfig(
     vocab_size=260, hidden_size=16, intermediate_size=32, num_layers=1, num_heads=2,
@@ -53,13 +52,7 @@ def random_params(entries):
 
 
 def byte_tokenizer():
-    """One token a byte, and a chat template."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Backend(models.BPE(vocab={c: i for i, c in enumerate(letters)}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(["<user>", "<end>"])
-    return Tokenizer(_fast_tokenizer()(tokenizer_object=backend, chat_template=TEMPLATE))
+    return serving.byte_tokenizer(TEMPLATE, ("<user>", "<end>"))
 
 
 @pytest.fixture
