@@ -1,99 +1,95 @@
-"""Acceptance length per tree, with tables by depth and by rank.
+"""Acceptance of a draft on MT-Bench and HumanEval: lengths by tree, and chains along the answers.
 
     python -m benchmarks.acceptance --tree chain:3 --tree static:8
 
 Greedy (T = 0), 64 new tokens, the questions as chat prompts. Acceptance length counts the bonus
-token: (new tokens - 1) / target calls after prefill.
+token: (new tokens - 1) / target calls after prefill. With --forced also the acceptance of chains
+under every token of the answers (see `jax_eagle.acceptance`).
 """
 
-import collections
-import dataclasses
+import functools
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-import numpy as np
 import typer
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from jax_eagle import Draft, Target, generate_stream, load_draft, load_target
+from jax_eagle import load_draft, load_target
+from jax_eagle.acceptance import (
+    CONVENTION,
+    Decoded,
+    Depths,
+    Forced,
+    decode_acceptance,
+    forced_acceptance,
+    greedy_answers,
+)
 from jax_eagle.compilation_cache import enable_compilation_cache
 from jax_eagle.machine import describe_machine
 from jax_eagle.program import run_program
+from jax_eagle.prompts import SUITES, as_chat
 
-from .prompts import SUITES, as_chat
-
-
-@dataclasses.dataclass
-class Count:
-    """What happened in the rounds of one suite under one tree."""
-
-    gained: int = 0
-    rounds: int = 0
-    reached: collections.Counter = dataclasses.field(default_factory=collections.Counter)
-    """Rounds whose path reached depth d - 1 (where the tree may have ended on that branch)."""
-    accepted: collections.Counter = dataclasses.field(default_factory=collections.Counter)
-    """(depth, rank) of accepted nodes."""
-
-    def add(self, new_tokens: list[int], ranks: list[int]) -> None:
-        """One round of one sequence."""
-        self.gained += len(new_tokens)
-        self.rounds += 1
-        for depth in range(1, len(ranks) + 2):
-            self.reached[depth] += 1
-        for depth, rank in enumerate(ranks, 1):
-            self.accepted[depth, rank] += 1
-
-    def summary(self) -> dict:
-        """Figures for the table and the JSON file."""
-        depths = sorted({depth for depth, _ in self.accepted})
-        return {
-            "acceptance_length": self.gained / max(self.rounds, 1),
-            "rounds": self.rounds,
-            "by_depth": {
-                d: sum(n for (e, _), n in self.accepted.items() if e == d) / self.reached[d]
-                for d in depths
-            },
-            "by_depth_and_rank": {
-                d: {r: n / self.reached[d] for (e, r), n in sorted(self.accepted.items()) if e == d}
-                for d in depths
-            },
-        }
+FORCED_DEPTH = 5
 
 
-def measure(
-    target: Target, draft: Draft, prompts, *, tree: str, batch: int, new_tokens: int, **options
-) -> Count:
-    """Decodes all prompts and counts what each round accepted."""
-    count = Count()
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    batches = [order[i : i + batch] for i in range(0, len(order), batch)]
-    for rows in track(batches, description=tree, transient=True):
-        chosen = [prompts[i] for i in rows]
-        stream = generate_stream(
-            target, draft, chosen, max_new_tokens=new_tokens, tree=tree, **options
-        )
-        running = np.ones(len(chosen), bool)
-        for index, event in enumerate(stream):
-            for b in np.flatnonzero(running):
-                if index and event.new_tokens[b]:
-                    count.add(event.new_tokens[b], event.ranks[b])
-                running[b] = not event.finish_reasons[b]
-    return count
+def decoded_figures(decoded: Decoded) -> dict[str, Any]:
+    """Figures of one suite under one tree, for the table and the JSON file."""
+    length = decoded.acceptance_length()
+    return {
+        "prompts": len(decoded.rounds),
+        "gained": int(decoded.gained.sum()),
+        "rounds": int(decoded.rounds.sum()),
+        "acceptance_length": length.value,
+        "interval": length[1:],
+        **by_depth(decoded.depths),
+    }
 
 
-def show(results: dict) -> None:
+def forced_figures(forced: Forced) -> dict[str, Any]:
+    """Figures of the chains under the answers of one suite."""
+    depths = range(1, forced.depths.max_depth + 1)
+    return {
+        "chains": int(forced.gained.sum()),
+        **by_depth(forced.depths),
+        "joint": {d: forced.depths.joint(d) for d in depths},
+        "acceptance_length_of_chain": {d: forced.acceptance_length(d) for d in depths},
+        "expected_acceptance_at_temperature_1": forced.expected_acceptance(),
+    }
+
+
+def by_depth(depths: Depths) -> dict[str, Any]:
+    """Conditional acceptance by depth, and by depth and rank (0: the draft's favourite)."""
+    names = range(1, depths.max_depth + 1)
+    return {
+        "by_depth": {d: depths.conditional(d).value for d in names},
+        "by_depth_and_rank": {d: dict(enumerate(depths.by_rank(d))) for d in names},
+    }
+
+
+def show(results: dict[str, Any]) -> None:
     """Prints acceptance lengths, then acceptance by depth and rank."""
     console = Console()
     table = Table("tree", "draft sync", "suite", "acceptance length", "by depth", "depth 1 by rank")
     for row in results["rows"]:
         depth = " ".join(f"{x:.3f}" for x in row["by_depth"].values())
         rank = " ".join(f"{x:.3f}" for x in row["by_depth_and_rank"].get(1, {}).values())
-        length = f"{row['acceptance_length']:.3f}"
+        low, high = row["interval"]
+        length = f"{row['acceptance_length']:.3f} [{low:.3f}, {high:.3f}]"
         table.add_row(row["tree"], row["draft_sync"], row["suite"], length, depth, rank)
     console.print(table)
+    for suite, row in results["forced"].items():
+        table = Table("depth", "conditional", "joint", "length of chain", "by rank", title=suite)
+        for d, ranks in row["by_depth_and_rank"].items():
+            joint, length = row["joint"][d].value, row["acceptance_length_of_chain"][d].value
+            shares = " ".join(f"{x:.3f}" for x in ranks.values())
+            table.add_row(
+                str(d), f"{row['by_depth'][d]:.3f}", f"{joint:.3f}", f"{length:.3f}", shares
+            )
+        console.print(table)
+    console.print(CONVENTION, highlight=False)
 
 
 def main(
@@ -105,28 +101,38 @@ def main(
     prompts: Annotated[int, typer.Option(help="At most so many of each suite.")] = 1000,
     batch: Annotated[int, typer.Option()] = 8,
     new_tokens: Annotated[int, typer.Option()] = 64,
+    forced: Annotated[
+        bool, typer.Option(help="Chains along the target's own answers too.")
+    ] = False,
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
 ) -> None:
     """Measures acceptance lengths of a draft."""
     enable_compilation_cache()
     base = load_target(model)
     head = load_draft(draft, base)
-    rows = []
+    size: dict[str, Any] = {"max_new_tokens": new_tokens, "batch": batch}
+    rows, chains = [], {}
     for name in suite or list(SUITES):
         chosen = as_chat(base, SUITES[name]()[:prompts])
         for shape in tree or ["chain:3", "static:8"]:
             for sync in draft_sync or ["all"]:
-                count = measure(
-                    base, head, chosen, tree=shape, batch=batch, new_tokens=new_tokens,
-                    draft_sync=sync,
+                decoded = decode_acceptance(
+                    base, head, chosen, trees=[shape], draft_sync=sync, **size,
+                    progress=functools.partial(track, description=shape, transient=True),
                 )  # fmt: skip
-                about = {"tree": shape, "draft_sync": sync, "suite": name, "prompts": len(chosen)}
-                rows.append(about | {"gained": count.gained} | count.summary())
+                about = {"tree": shape, "draft_sync": sync, "suite": name}
+                rows.append(about | decoded_figures(decoded[shape]))
+        if forced:
+            answers = greedy_answers(base, chosen, **size)
+            found = forced_acceptance(base, head, chosen, answers, depth=FORCED_DEPTH, batch=batch)
+            chains[name] = forced_figures(found)
     for shape, sync in sorted({(row["tree"], row["draft_sync"]) for row in rows}):
         same = [row for row in rows if (row["tree"], row["draft_sync"]) == (shape, sync)]
         both = sum(row["gained"] for row in same) / sum(row["rounds"] for row in same)
         print(f"{shape} (sync {sync}), all suites together: {both:.3f}")
-    results = {"machine": describe_machine(), "new_tokens": new_tokens, "rows": rows}
+    results = {
+        "machine": describe_machine(), "new_tokens": new_tokens, "rows": rows, "forced": chains,
+    }  # fmt: skip
     show(results)
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -27,12 +27,11 @@ from jax_eagle import Draft, SamplingParams, Target, generate, load_draft, load_
 from jax_eagle.compilation_cache import enable_compilation_cache
 from jax_eagle.machine import describe_machine
 from jax_eagle.program import run_program
+from jax_eagle.prompts import as_chat, mt_bench
 from serve.device import EngineConfig
 from serve.dispatch import PLAIN, Programs
 from serve.engine import Engine
 from serve.request import Request
-
-from .prompts import as_chat, mt_bench
 
 PAGE_SIZE = 64
 _numbers = itertools.count()

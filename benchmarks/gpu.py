@@ -35,10 +35,11 @@ from rich.console import Console
 
 from jax_eagle import Draft, Target, bench, load_draft, load_target
 from jax_eagle.compilation_cache import enable_compilation_cache
-from jax_eagle.draft import init_draft_params
+from jax_eagle.eagle import init_draft_params
 from jax_eagle.llama import init_params
 from jax_eagle.machine import describe_machine
 from jax_eagle.program import run_program
+from jax_eagle.prompts import as_chat, mt_bench
 from jax_eagle.sharding import Backend
 from pallas_kernels.tree_attention import tree_attention
 from pallas_kernels.tree_attention.shapes import NODES, SHAPES
@@ -47,7 +48,6 @@ from .attention import prefix_bytes, seconds_per_call
 from .grow import describe, grow_draft, grow_target
 from .numerics import check_kernels
 from .peers import peers
-from .prompts import as_chat, mt_bench
 from .rounds import Setting, measure_rounds
 from .synthetic import DRAFT_8B, LLAMA_8B
 from .timing import Machine, Row, measure_machine

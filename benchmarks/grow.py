@@ -29,7 +29,7 @@ from flax import traverse_util
 
 from jax_eagle import Draft, Target, load_draft, load_target
 from jax_eagle.config import LlamaConfig
-from jax_eagle.draft import abstract_draft_params
+from jax_eagle.eagle import abstract_draft_params
 from jax_eagle.llama import abstract_params
 from jax_eagle.packing import unpack_params
 from jax_eagle.program import run_program

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .prompts import mt_bench
+from jax_eagle.prompts import mt_bench
 
 PATHS = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
 

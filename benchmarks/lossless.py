@@ -18,9 +18,9 @@ from jax_eagle import generate, load_draft, load_target
 from jax_eagle.compilation_cache import enable_compilation_cache
 from jax_eagle.machine import describe_machine
 from jax_eagle.program import run_program
+from jax_eagle.prompts import as_chat, mt_bench
 
 from .equal_text import compare, summarise
-from .prompts import as_chat, mt_bench
 
 TREES = ("chain:3", "static:eagle-26", "dynamic:depth=4,width=4,nodes=16")
 

@@ -1,45 +1,54 @@
-"""Does the training data of a run hold benchmark questions? Shared runs of words, counted.
+"""Does the text that a run trains on hold benchmark questions? Shared runs of words, counted.
 
-    python -m benchmarks.overlap --run runs/smollm2-eagle
+    python -m benchmarks.overlap --config configs/smollm2_eagle_cpu.yaml
 
-A question counts as seen if NGRAM words of it in a row stand somewhere in the text that the run
-trained on (13 words, as in the contamination checks of language model reports).
+A question counts as seen if `data.overlap_words` of its words in a row stand in a training segment.
+What is checked are the tokens of the corpus, decoded, not the records that went into it.
 """
 
-import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import typer
 
 from jax_eagle import load_target
 from jax_eagle.program import run_program
-from train.checkpoint import load_data
-
-from .prompts import SUITES
-
-NGRAM = 13
-
-
-def ngrams(text: str) -> Iterable[str]:
-    """Every run of NGRAM words, in lower case and without punctuation."""
-    words = re.findall(r"\w+", text.lower())
-    return (" ".join(words[i : i + NGRAM]) for i in range(len(words) - NGRAM + 1))
+from jax_eagle.prompts import SUITES
+from train.config import load_config
+from train.corpus import build_corpus
+from train.overlap import word_runs
 
 
 def main(
-    run: Annotated[Path, typer.Option(help="Folder of the run.")],
-    model: Annotated[str, typer.Option()] = "smollm2-135m-instruct",
+    config: Annotated[Path, typer.Option(help="Configuration of the run.")],
+    corpus: Annotated[
+        Path | None, typer.Option(help="Folder of the corpus, made if it is not there.")
+    ] = None,
 ) -> None:
-    """Counts benchmark questions that share a run of tokens with the training rows."""
-    tokenizer = load_target(model).require_tokenizer()
-    rows = (tokenizer.decode(row) for row in load_data(run / "data.npz").train.tokens)
-    seen = {gram for text in rows for gram in ngrams(text)}
-    for name, questions in SUITES.items():
-        asked = questions()
-        shared = [i for i, text in enumerate(asked) if any(gram in seen for gram in ngrams(text))]
-        print(f"{name}: {len(shared)} of {len(asked)} questions share {NGRAM} words {shared}")
+    """Counts benchmark questions that share a run of words with the training segments."""
+    settings = load_config(config)
+    target = load_target(settings.target)
+    tokenizer, words = target.require_tokenizer(), settings.data.overlap_words
+    made = build_corpus(
+        settings.data,
+        tokenizer,
+        vocab_size=target.config.vocab_size,
+        folder=corpus or Path(settings.run) / "corpus",
+    )
+    asked = {
+        (name, number): set(word_runs(text, words))
+        for name, suite in SUITES.items()
+        for number, text in enumerate(suite())
+    }
+    runs, seen = set().union(*asked.values()), set()
+    for segment in np.flatnonzero(~made.validation_S):
+        tokens = made.tokens_N[made.start_S[segment] : made.start_S[segment + 1]]
+        seen |= runs & set(word_runs(tokenizer.decode(tokens.tolist()), words))
+    for name in SUITES:
+        questions = [number for suite, number in asked if suite == name]
+        shared = [number for number in questions if asked[name, number] & seen]
+        print(f"{name}: {len(shared)} of {len(questions)} questions share {words} words {shared}")
 
 
 if __name__ == "__main__":

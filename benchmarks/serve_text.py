@@ -27,11 +27,11 @@ from jax_eagle import Target, generate, load_target
 from jax_eagle.compilation_cache import enable_compilation_cache
 from jax_eagle.machine import describe_machine
 from jax_eagle.program import run_program
+from jax_eagle.prompts import as_chat, mt_bench
 from serve.device import EngineConfig
 
 from .equal_text import compare, summarise
 from .load_metrics import ServerFigures
-from .prompts import as_chat, mt_bench
 from .server_process import ServerProcess
 from .text_client import Answer, Company, ask
 

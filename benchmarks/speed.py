@@ -20,8 +20,7 @@ from jax_eagle import bench, load_draft, load_target
 from jax_eagle.compilation_cache import enable_compilation_cache
 from jax_eagle.machine import describe_machine
 from jax_eagle.program import run_program
-
-from .prompts import as_chat, mt_bench
+from jax_eagle.prompts import as_chat, mt_bench
 
 
 def main(

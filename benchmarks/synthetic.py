@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from jax_eagle import Draft, SamplingParams, Target
 from jax_eagle.config import DraftConfig, LlamaConfig, RopeScaling
-from jax_eagle.draft import abstract_draft_params
+from jax_eagle.eagle import abstract_draft_params
 from jax_eagle.llama import abstract_params
 from jax_eagle.prefill import PAGE_SIZE, Prefill, empty_prefill, first_round
 from jax_eagle.sampling import Sampling

@@ -1,4 +1,9 @@
-"""Grouped-query attention of a decoder layer, over a paged prefix and the nodes of a tree."""
+"""Grouped-query attention of a decoder layer, over a paged prefix and the nodes of a tree.
+
+Llama 4 has two kinds of layers (arXiv 2508.08192 on iRoPE): rotary ones see a chunk of positions,
+the others do not rotate and see all. What a layer does not see is cut by the position of a node,
+its prefix length + depth, so a tree may lie across the border of two chunks.
+"""
 
 import functools
 
@@ -13,7 +18,7 @@ from pallas_kernels.tree_attention import tree_attention
 
 from .cache import KV, PagedCache
 from .config import LlamaConfig
-from .layers import Linear, apply_rope
+from .layers import Linear, apply_rope, scale_queries, unit_rms
 from .sharding import TENSOR, Backend
 
 
@@ -21,7 +26,7 @@ class View(struct.PyTreeNode):
     """What the M nodes of one forward see: a committed prefix, scratch nodes, themselves."""
 
     position: Int[Array, "B M"]
-    """prefix length + depth; RoPE uses nothing else."""
+    """prefix length + depth; RoPE, chunks and query factors use nothing else."""
     mask: Bool[Array, "B M X"] | None = None
     """Ancestor-or-self over scratch nodes and new nodes; None: causal."""
     cache: PagedCache | None = None
@@ -30,6 +35,23 @@ class View(struct.PyTreeNode):
     scratch: KV | None = None
     """Earlier nodes of the same tree that are not committed (the draft's levels)."""
 
+    def in_chunk(self, chunk: int) -> "View":
+        """The same without positions below each node's own chunk.
+
+        The keys that a node sees have consecutive positions, in this order, and the last one is
+        its own: so the keys seen behind a key tell its distance, in trees and in packed rows alike.
+        """
+        M, S = self.position.shape[1], 0 if self.scratch is None else self.scratch.k.shape[2]
+        inside_BM = self.position % chunk  # positions of the chunk before the node
+        mask_BMX = jnp.tril(jnp.ones((1, M, S + M), bool), S) if self.mask is None else self.mask
+        seen_BMX = jnp.cumsum(mask_BMX, axis=2, dtype=jnp.int32)
+        distance_BMX = seen_BMX[:, :, -1:] - seen_BMX
+        first_BM = self.position - inside_BM
+        return self.replace(
+            mask=mask_BMX & (distance_BMX <= inside_BM[:, :, None]),
+            first=first_BM if self.first is None else jnp.maximum(self.first, first_BM),
+        )
+
 
 class Attention(nn.Module):
     """Projections and RoPE around `tree_attention`; returns the new keys and values as well."""
@@ -37,6 +59,8 @@ class Attention(nn.Module):
     config: LlamaConfig
     layer: int
     backend: Backend = Backend()
+    input_width: int | None = None
+    """Of what q, k and v are made from; None: the hidden size."""
 
     @nn.compact
     def __call__(
@@ -44,17 +68,18 @@ class Attention(nn.Module):
     ) -> tuple[Float[Array, "B M D"], jax.Array, jax.Array]:
         c = self.config
         D, N, K, H = c.hidden_size, c.num_heads, c.num_kv_heads, c.head_dim
+        inputs = (self.input_width or D,)
         with jax.named_scope("qkv"):
             q_BMNH = Linear(
-                (D,), (N, H), ("embed", "heads", "head_dim"), c.attention_bias, name="q"
+                inputs, (N, H), ("embed", "heads", "head_dim"), c.attention_bias, name="q"
             )(x_BMD)
             k_BMKH, v_BMKH = (
-                Linear((D,), (K, H), ("embed", "kv_heads", "head_dim"), c.attention_bias, name=n)(
+                Linear(inputs, (K, H), ("embed", "kv_heads", "head_dim"), c.attention_bias, name=n)(
                     x_BMD
                 )
                 for n in "kv"
             )
-            q_BMNH, k_BMKH = apply_rope(q_BMNH, rope), apply_rope(k_BMKH, rope)
+            q_BMNH, k_BMKH = self._encode(q_BMNH, k_BMKH, rope, view.position)
         with jax.named_scope("tree_attention"):
             out_BMNH = self._attend(q_BMNH, k_BMKH, v_BMKH, view)
         with jax.named_scope("output"):
@@ -63,7 +88,20 @@ class Attention(nn.Module):
             )(out_BMNH)
         return out_BMD, k_BMKH, v_BMKH
 
+    def _encode(self, q_BMNH, k_BMKH, rope, position_BM):
+        """Queries and keys that know their positions."""
+        c, own = self.config, self.config.llama4
+        if own is not None and not c.uses_rope(self.layer):
+            return scale_queries(own, q_BMNH, position_BM), k_BMKH
+        q_BMNH, k_BMKH = apply_rope(q_BMNH, rope), apply_rope(k_BMKH, rope)
+        if own is not None and own.qk_norm:
+            return unit_rms(q_BMNH, c.rms_norm_eps), unit_rms(k_BMKH, c.rms_norm_eps)
+        return q_BMNH, k_BMKH
+
     def _attend(self, q_BMNH, k_BMKH, v_BMKH, view: View):
+        own = self.config.llama4
+        if own is not None and own.chunk is not None and self.config.uses_rope(self.layer):
+            view = view.in_chunk(own.chunk)
         k_tree, v_tree = k_BMKH, v_BMKH
         if view.scratch is not None:
             k_tree = jnp.concatenate([view.scratch.k[self.layer], k_BMKH], axis=1)

@@ -189,9 +189,15 @@ def inspect(
     target: Annotated[
         str | None, typer.Option(help="Check that the draft fits this target.")
     ] = None,
+    smoke: Annotated[
+        bool, typer.Option(help="With --target: decode a few prompts and tell the acceptance.")
+    ] = True,
 ) -> None:
-    """Load a target or a draft and print its config, parameters, tensors and cache size."""
-    for line in describe(name, target=load_target(target) if target else None):
+    """Load a target or a draft and print its config, parameters, tensors and cache size.
+
+    With a target, also the acceptance length of the draft on a few prompts.
+    """
+    for line in describe(name, target=load_target(target) if target else None, smoke=smoke):
         print(line)
 
 

@@ -1,17 +1,14 @@
-"""The EAGLE draft: FC over (embedding of a token, feature before it), then dense decoder layers.
+"""The draft: its parameters, its passes over a cache, and the growing of the draft tree.
 
-Its output estimates the target's next feature, so the target's own head turns it into logits
-(EAGLE-1, arXiv 2401.15077; several dense layers and an output norm as in arXiv 2508.08192).
-
-Slot i of the draft's cache holds the pair (token i, feature of token i-1) at RoPE position i. Slot
-0 has no feature and is never attended. So draft and target share positions, masks and page table.
+The networks are in `eagle`. Slot i of the draft's cache holds the pair (token i, feature of token
+i-1) at RoPE position i. Slot 0 has no feature and is never attended. So draft and target share
+positions, masks and page table.
 """
 
 import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,42 +22,13 @@ from pallas_kernels.compat import order_after
 from .attention import View
 from .cache import KV, PagedCache, commit
 from .config import DraftConfig
-from .layers import Linear, RMSNorm, rope_angles
-from .llama import DecoderLayer, Target
+from .eagle import EagleDraft, abstract_draft_params, smallest_call
+from .llama import Target
 from .packing import column_blocks, matmul, pack_params
 from .sampling import Purpose, Sampling, gumbel, processed_scores
 from .sharding import Backend, check_divides, named_sharding, param_shardings
 from .tree import Tree, TreeShape, ancestor_mask
 from .verify import DraftLaw
-
-
-class EagleDraft(nn.Module):
-    """FC and decoder layers; embedding and head are the target's."""
-
-    config: DraftConfig
-    backend: Backend = Backend()
-
-    @nn.compact
-    def __call__(self, embeds_BMD, features_BMF, view: View):
-        c, layer = self.config, self.config.layer
-        D, F = layer.hidden_size, c.feature_width
-        with jax.named_scope("fc"):
-            pair = jnp.concatenate([embeds_BMD, features_BMF.astype(embeds_BMD.dtype)], axis=-1)
-            fc = Linear((D + F,), (D,), ("feature", "embed"), c.fc_bias, name="fc")
-            # Or the cut of FC's input spreads to the features and the target's residual stream.
-            x_BMD = self.backend.replicate(fc(self.backend.replicate(pair)))
-        rope = rope_angles(layer, view.position)
-        keys, values = [], []
-        for i in range(layer.num_layers):
-            norm = c.input_norm or i > 0
-            with jax.named_scope(f"draft_layer_{i}"):
-                block = DecoderLayer(layer, i, norm, self.backend, name=f"layers_{i}")
-                x_BMD, k, v = block(x_BMD, rope, view)
-            keys.append(k)
-            values.append(v)
-        if c.output_norm:
-            x_BMD = RMSNorm(D, layer.rms_norm_eps, name="norm")(x_BMD)
-        return x_BMD, KV(k=jnp.stack(keys), v=jnp.stack(values))
 
 
 class CutHead(struct.PyTreeNode):
@@ -72,7 +40,7 @@ class CutHead(struct.PyTreeNode):
     backend: Backend = struct.field(pytree_node=False)
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... U"]:
-        return self.backend.replicate(matmul(x, self.kernel, self.blocks, jnp.float32))
+        return self.backend.by_batch(matmul(x, self.kernel, self.blocks, jnp.float32))
 
 
 class Proposal(struct.PyTreeNode):
@@ -136,13 +104,20 @@ class Draft(struct.PyTreeNode):
         self, target: Target, tokens_BM, features_BMF, view: View
     ) -> tuple[Float[Array, "B M D"], KV]:
         """One pass over pairs (token, feature before it): (estimated features, new KV)."""
-        module: Any = EagleDraft(self.config, target.backend)
-        return module.apply({"params": self.params}, target.embed(tokens_BM), features_BMF, view)
+        if self.config.own_embedding:
+            embeds_BMD = self._apply(target, tokens_BM, method="embed_tokens")
+        else:
+            embeds_BMD = target.embed(tokens_BM)
+        return self._apply(target, embeds_BMD, features_BMF, view)
+
+    def _apply(self, target: Target, *args, method: str | None = None) -> Any:
+        module = EagleDraft(self.config, target.backend)
+        return module.apply({"params": self.params}, *args, method=method)
 
     def pack(self) -> "Draft":
         """On a CPU, the draft with its weights in blocks as well; see `Target.pack`."""
-        params = pack_params(EagleDraft(self.config), self.params, *_smallest_call(self.config))
-        return self.replace(params=params)
+        module, call = EagleDraft(self.config), smallest_call(self.config)
+        return self.replace(params=pack_params(module, self.params, *call, method="initialise"))
 
     def spread(self, mesh: Mesh) -> "Draft":
         """The draft with its parameters spread over `mesh`, like its target's.
@@ -160,15 +135,26 @@ class Draft(struct.PyTreeNode):
         )
 
     def bind_head(self, target: Target) -> Callable[[jax.Array], jax.Array]:
-        """The target's head cut to the draft vocabulary: x [..., D] -> logits [..., U].
+        """From states [..., D] to float32 logits [..., U] over the draft vocabulary.
 
-        The result is a pytree, so it can be bound once and given to compiled programs.
+        That is the draft's own head or the target's, cut to the draft vocabulary. The result is a
+        pytree, so it can be bound once and given to compiled programs.
         """
+        if self.config.own_head:
+            return Partial(_own_head, self, target.replace(params=None))
+        head = self.cut_head(target)
+        if self.config.output_norm or not self.config.is_eagle3:
+            return head
+        return Partial(_head_behind_norm, self, target.replace(params=None), head)
+
+    def cut_head(self, target: Target) -> Callable[[jax.Array], jax.Array]:
+        """The target's head for the draft vocabulary alone: states [..., D] -> logits [..., U]."""
         if self.draft_to_target is None:
             return Partial(Target.head, target)
         kernel_DU = target.backend.shard(target.head_rows(self.draft_to_target).T, None, "vocab")
-        blocks = column_blocks(kernel_DU) if target.packed else None
-        return CutHead(kernel_DU, blocks, target.backend)
+        return CutHead(
+            kernel_DU, column_blocks(kernel_DU) if target.packed else None, target.backend
+        )
 
     def to_target(self, tokens: Int[Array, "..."]) -> Int[Array, "..."]:
         """Target tokens of draft tokens."""
@@ -247,6 +233,16 @@ class Draft(struct.PyTreeNode):
         if sampling is not None and laws:
             law = DraftLaw(jnp.concatenate(laws, axis=1), expanded_BM, self.draft_to_target)
         return cache, Proposal(tree, tokens_BM, expanded_BM, law, scratch)
+
+
+def _own_head(draft: Draft, target: Target, x: jax.Array) -> jax.Array:
+    """`target` is only its backend."""
+    return target.backend.by_batch(draft._apply(target, x, method="head"))
+
+
+def _head_behind_norm(draft: Draft, target: Target, head, x: jax.Array) -> jax.Array:
+    """`target` is only its backend."""
+    return head(draft._apply(target, x, method="before_head"))
 
 
 def _take(x, index_BW):
@@ -342,24 +338,3 @@ class _Pool(struct.PyTreeNode):
         B, M = index_BM.shape
         place_BM = jnp.broadcast_to(jnp.arange(M, dtype=jnp.int32)[None], (B, M))
         return jnp.zeros_like(self.tokens).at[jnp.arange(B)[:, None], index_BM].set(place_BM)
-
-
-def init_draft_params(config: DraftConfig, key: jax.Array) -> Any:
-    """Random parameters of a draft, as plain arrays."""
-    return nn.unbox(_init(config, key))
-
-
-def abstract_draft_params(config: DraftConfig) -> Any:
-    """Shapes, dtypes and logical axes of the parameters; nothing is allocated."""
-    return jax.eval_shape(lambda: _init(config, jax.random.key(0)))
-
-
-def _init(config: DraftConfig, key: jax.Array) -> Any:
-    return EagleDraft(config).init(key, *_smallest_call(config))["params"]
-
-
-def _smallest_call(config: DraftConfig):
-    """Arguments of EagleDraft for one pair."""
-    embeds = jnp.zeros((1, 1, config.layer.hidden_size), config.layer.dtype)
-    features = jnp.zeros((1, 1, config.feature_width), config.layer.dtype)
-    return embeds, features, View(position=jnp.zeros((1, 1), jnp.int32))

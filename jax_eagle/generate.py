@@ -38,7 +38,7 @@ def round_step(target: Target, draft: Draft | None, head, plan: Plan, state: Dec
         draft_cache, proposal = propose(target, draft, head, plan, state)
         tree, tree_tokens = proposal.tree, proposal.tokens
     with jax.named_scope("target"):
-        out = target(tree_tokens, tree, state.cache)
+        out = target(tree_tokens, tree, state.cache, draft.config.taps if draft else ())
         logits = target.head(out.x)
     with jax.named_scope("verify"):
         shaped = shape_logits(

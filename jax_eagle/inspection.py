@@ -10,21 +10,26 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from . import hub
+from . import bench, hub
+from .acceptance import CONVENTION, decode_acceptance
 from .checkpoint import eagle, hf, orbax
 from .checkpoint.files import read_json
 from .config import ConfigError, DraftConfig, LlamaConfig
+from .demo import chat_prompt
 from .draft import Draft
 from .llama import Target
 from .load import check_fit, dtype_name, load_target
 from .prefill import PAGE_SIZE
 
+SMOKE_TREE, SMOKE_PROMPTS, SMOKE_TOKENS = "chain:3", 4, 32
 
-def inspect(name: str, *, target: Target | None = None) -> Iterator[str]:
+
+def inspect(name: str, *, target: Target | None = None, smoke: bool = True) -> Iterator[str]:
     """Describes a target or a draft, line by line, after loading it whole.
 
     Args:
       target: what a draft has to fit; None: not checked.
+      smoke: decode a little with draft and target, enough to tell a good draft from a broken one.
 
     Raises:
       ValueError: a checkpoint that cannot be used, or a draft that does not fit.
@@ -40,6 +45,32 @@ def inspect(name: str, *, target: Target | None = None) -> Iterator[str]:
     if target is not None:
         check_fit(draft, target, str(path))
     yield from _draft_lines(path, draft, fits=target is not None)
+    if target is not None and smoke:
+        yield smoke_acceptance(target, draft)
+
+
+def draft_kind(config: DraftConfig) -> str:
+    """EAGLE-3, or EAGLE with the blocks of Llama 3 or Llama 4."""
+    if config.is_eagle3:
+        return f"EAGLE-3, features from layers {', '.join(map(str, config.taps))}"
+    return "EAGLE" if config.layer.llama4 is None else "EAGLE, Llama 4 blocks"
+
+
+def smoke_acceptance(target: Target, draft: Draft) -> str:
+    """The acceptance length on a few built-in prompts, with how much it rests on."""
+    try:
+        prompts = [chat_prompt(target, text) for text in bench.PROMPTS[:SMOKE_PROMPTS]]
+    except ValueError:
+        return "acceptance not measured: its prompts need a target with tokenizer and chat template"
+    decoded = decode_acceptance(
+        target, draft, prompts, trees=[SMOKE_TREE], max_new_tokens=SMOKE_TOKENS
+    )[SMOKE_TREE]
+    length = decoded.acceptance_length()
+    return (
+        f"acceptance length {length.value:.2f} [{length.low:.2f}, {length.high:.2f}] with "
+        f"{SMOKE_TREE}, a smoke test on {decoded.gained.sum()} tokens of {len(prompts)} prompts "
+        f"({CONVENTION})"
+    )
 
 
 def is_draft(path: Path) -> bool:
@@ -64,9 +95,11 @@ def _target_lines(path: Path, target: Target) -> Iterator[str]:
 def _draft_lines(path: Path, draft: Draft, *, fits: bool) -> Iterator[str]:
     layer = draft.config.layer
     yield f"draft {path}"
+    yield _line("kind", draft_kind(draft.config))
     yield from _config_lines(draft.config, skip=("layer",))
     yield _line("layers", f"{layer.num_layers} of {layer.num_heads} heads")
-    needs = f"hidden size {layer.hidden_size}, vocabulary {layer.vocab_size}"
+    hidden_size = draft.config.feature_width // max(1, len(draft.config.taps))
+    needs = f"hidden size {hidden_size}, vocabulary {layer.vocab_size}"
     yield _line("target", f"fits ({needs})" if fits else f"not checked; needs {needs}")
     yield from _cache_lines(layer, draft.params)
     yield from _tensor_lines(draft.params)

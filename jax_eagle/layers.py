@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from .config import LlamaConfig
+from .config import Llama4Attention, LlamaConfig
 from .packing import matmul, module_blocks
 from .sharding import Backend
 
@@ -71,9 +71,14 @@ class RMSNorm(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         init = partitioned(nn.initializers.ones_init(), ("embed",))
         scale = self.param("scale", init, (self.width,), x.dtype)
-        x32 = x.astype(jnp.float32)
-        inverse = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
-        return (x32 * inverse).astype(x.dtype) * jnp.reshape(scale, (1,) * (x.ndim - 1) + (-1,))
+        return unit_rms(x, self.eps) * jnp.reshape(scale, (1,) * (x.ndim - 1) + (-1,))
+
+
+def unit_rms(x: jax.Array, eps: float) -> jax.Array:
+    """x scaled to a root mean square of 1 along its last axis, computed in float32."""
+    x32 = x.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    return (x32 * inverse).astype(x.dtype)
 
 
 class Embed(nn.Module):
@@ -136,8 +141,19 @@ def rope_angles(config: LlamaConfig, position_BM: Int[Array, "B M"]):
 
 
 def apply_rope(x_BMNH: Float[Array, "B M N H"], rope) -> Float[Array, "B M N H"]:
-    """Rotates pairs (i, i + H/2), the Hugging Face Llama layout."""
+    """Rotates pairs (i, i + H/2), the Hugging Face layout of Llama 3."""
     cos, sin = rope
     first, second = jnp.split(x_BMNH.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x_BMNH.dtype)
+
+
+def scale_queries(
+    config: Llama4Attention, q_BMNH: Float[Array, "B M N H"], position_BM: Int[Array, "B M"]
+) -> Float[Array, "B M N H"]:
+    """Queries of a NoPE layer, longer at later positions (arXiv 2501.19399)."""
+    if config.floor_scale is None:
+        return q_BMNH
+    floors_BM = ((position_BM + 1) // config.floor_scale).astype(jnp.float32)
+    factor_BM = 1 + config.attn_scale * jnp.log1p(floors_BM)
+    return (q_BMNH.astype(jnp.float32) * factor_BM[:, :, None, None]).astype(q_BMNH.dtype)

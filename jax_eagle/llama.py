@@ -43,10 +43,10 @@ class DecoderLayer(nn.Module):
             out_BMD, k, v = Attention(c, self.layer, self.backend, name="attention")(
                 h_BMD, rope, view
             )
-            x_BMD = self.backend.replicate(x_BMD + out_BMD)
+            x_BMD = self.backend.by_batch(x_BMD + out_BMD)
         with jax.named_scope("mlp"):
             h_BMD = RMSNorm(c.hidden_size, c.rms_norm_eps, name="mlp_norm")(x_BMD)
-            return self.backend.replicate(x_BMD + SwiGLU(c, name="mlp")(h_BMD)), k, v
+            return self.backend.by_batch(x_BMD + SwiGLU(c, name="mlp")(h_BMD)), k, v
 
 
 class Llama(nn.Module):
@@ -145,7 +145,7 @@ class Target(struct.PyTreeNode):
 
     def head(self, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Logits in float32, summed in float32: rounded to bfloat16 they would tie."""
-        return self.backend.replicate(self._apply(x, method="head"))
+        return self.backend.by_batch(self._apply(x, method="head"))
 
     def require_tokenizer(self) -> Tokenizer:
         """The tokenizer; ValueError where the checkpoint had none."""

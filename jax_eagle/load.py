@@ -1,5 +1,6 @@
 """`load_target` and `load_draft`: a name or a path to a model that is ready to run."""
 
+import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -56,23 +57,41 @@ def load_target(
     return target if mesh is None else target.spread(mesh)
 
 
-def load_draft(name_or_path: str | os.PathLike, target: Target, *, dtype: Any = None) -> Draft:
-    """Loads an EAGLE draft, onto the target's devices; refuses one that does not fit the target.
+def load_draft(
+    name_or_path: str | os.PathLike,
+    target: Target,
+    *,
+    dtype: Any = None,
+    numbering: str | None = None,
+) -> Draft:
+    """Loads a draft of any known form, onto the target's devices.
 
     Args:
       dtype: None: that of the target.
+      numbering: how an EAGLE-3 folder of another program numbers the layers it taps, "enter" or
+        "output"; None: by where it names them (see `checkpoint.eagle3`).
 
     Raises:
       CheckpointError: files that do not fit their config, or a draft of another target.
+      ConfigError: a config that cannot be used.
     """
     name = target.config.dtype if dtype is None else dtype_name(dtype)
     path = hub.resolve(name_or_path)
-    if path.is_file():
-        raise CheckpointError(f"{path}: a draft is a folder with config.json and model.safetensors")
-    draft = _read(orbax.load_draft if orbax.is_orbax(path) else eagle.load, path, name)
+    draft = read_draft(path, dtype=name, target=target, numbering=numbering)
     check_fit(draft, target, str(path))
     mesh = target.backend.mesh
     return draft if mesh is None else draft.spread(mesh)
+
+
+def read_draft(
+    path: Path, *, dtype: str, target: Target | None = None, numbering: str | None = None
+) -> Draft:
+    """Reads a draft folder as it is: nothing is compared with a target. Errors as `load_draft`."""
+    if path.is_file():
+        raise CheckpointError(f"{path}: a draft is a folder with config.json and model.safetensors")
+    if orbax.is_orbax(path):
+        return _read(orbax.load_draft, path, dtype)
+    return _read(functools.partial(eagle.load, target=target, numbering=numbering), path, dtype)
 
 
 def _read(load: Callable[..., Any], path: Path, dtype: str) -> Any:
@@ -86,11 +105,16 @@ def _read(load: Callable[..., Any], path: Path, dtype: str) -> Any:
 def check_fit(draft: Draft, target: Target, source: str) -> None:
     """Raises CheckpointError unless widths and vocabulary of the draft are the target's."""
     own, its = draft.config, target.config
-    for what, given, expected in (
-        ("hidden size", own.layer.hidden_size, its.hidden_size),
-        ("feature width", own.feature_width, its.hidden_size),
-        ("vocabulary size", own.layer.vocab_size, its.vocab_size),
-    ):
+    widths = [("feature width", own.feature_width, its.hidden_size * max(1, len(own.taps)))]
+    if not (own.own_embedding and own.own_head):
+        widths.append(("hidden size", own.layer.hidden_size, its.hidden_size))
+    widths.append(("vocabulary size", own.layer.vocab_size, its.vocab_size))
+    if own.taps and not 0 <= own.taps[0] <= own.taps[-1] < its.num_layers:
+        raise CheckpointError(
+            f"{source}: a draft of another target: it taps layers {own.taps}, "
+            f"this target has {its.num_layers}"
+        )
+    for what, given, expected in widths:
         if given != expected:
             raise CheckpointError(
                 f"{source}: a draft of another target: its {what} is {given}, "

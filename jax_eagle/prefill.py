@@ -45,7 +45,7 @@ def extend_prompt(target: Target, draft: Draft | None, carry: Prefill, tokens_BT
     Returns the carry and the features of the chunk, [B, T, F].
     """
     B, T = tokens_BT.shape
-    out = target(tokens_BT, chain_tree(B, T), carry.cache)
+    out = target(tokens_BT, chain_tree(B, T), carry.cache, draft.config.taps if draft else ())
     row_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
     cache = commit(carry.cache, out.new_kv, row_BT, order_after(out.x, count_B))
     draft_cache = carry.draft_cache

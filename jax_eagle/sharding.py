@@ -1,9 +1,11 @@
-"""Tensor parallelism: one table from the logical axes of parameters to the axis of a device mesh.
+"""One table from logical axes to the axes of a device mesh: data, FSDP and tensor parallelism.
 
 Parameters name their logical axes where they are declared (`layers.py`), and XLA derives the rest.
-Each device holds its share of the heads, of the FFN and of the vocabulary, and the pages of its own
+A mesh has some of the three axes; logical axes of the others are whole. Serving has "tensor" alone:
+each device holds its share of the heads, of the FFN and of the vocabulary, and the pages of its own
 KV heads. A layer ends in two all-reduces, behind the output projection and behind the FFN; one more
 follows the embedding; logits are gathered whole, so that every device samples the same tokens.
+Training cuts batches along "data" and "fsdp", and parameters and moments along "fsdp" besides.
 Attention kernels are opaque to XLA: they run on each device for its own heads.
 """
 
@@ -15,19 +17,23 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
 
 from .config import ConfigError, LlamaConfig
 
 TENSOR = "tensor"
 """The mesh axis of tensor parallelism."""
+DATA, FSDP = "data", "fsdp"
+"""The mesh axes of data parallelism: parameters are whole along one, cut along the other."""
 
-LOGICAL_AXES = {
+LOGICAL_AXES: dict[str, str | tuple[str, ...] | None] = {
     "vocab": TENSOR,
     "heads": TENSOR,
     "kv_heads": TENSOR,
     "mlp": TENSOR,
     "feature": TENSOR,  # the draft's FC: its input is cut, its output summed
-    "embed": None,
+    "embed": FSDP,
+    "batch": (DATA, FSDP),
     "head_dim": None,
 }
 
@@ -41,18 +47,18 @@ class Backend:
     interpret: bool = False
     """Run attention kernels in interpret mode, to test them without a GPU."""
     mesh: Mesh | None = None
-    """Devices along the axis "tensor"; None: one device."""
+    """Devices along the axes "data", "fsdp" and "tensor", or some of them; None: one device."""
 
-    def replicate(self, x: jax.Array) -> jax.Array:
-        """x, whole on every device."""
-        return self.shard(x)
+    def by_batch(self, x: Float[Array, "B ..."]) -> jax.Array:
+        """x, cut along its leading axis at most."""
+        return self.shard(x, "batch")
 
     def lookup(self, table_VD: jax.Array, tokens: jax.Array) -> jax.Array:
         """Rows of a table that is cut along the vocabulary: each device adds the rows it has.
 
         Left to itself, XLA would rather cut the whole table anew along its width, at every call.
         """
-        if self.mesh is None:
+        if self.mesh is None or TENSOR not in self.mesh.axis_names:
             return jnp.take(table_VD, tokens, axis=0)
 
         def rows(table_VD, tokens):
@@ -61,8 +67,11 @@ class Backend:
             found = jnp.take(table_VD, jnp.where(here, row, 0), axis=0)
             return jax.lax.psum(jnp.where(here[..., None], found, jnp.zeros_like(found)), TENSOR)
 
-        specs = P(TENSOR, None), P()
-        return jax.shard_map(rows, mesh=self.mesh, in_specs=specs, out_specs=P())(table_VD, tokens)
+        by_batch = named_sharding(self.mesh, "batch").spec if tokens.ndim > 1 else P()
+        specs = P(TENSOR, None), by_batch
+        return jax.shard_map(rows, mesh=self.mesh, in_specs=specs, out_specs=by_batch)(
+            table_VD, tokens
+        )
 
     def shard(self, x: jax.Array, *axes: str | None) -> jax.Array:
         """x, cut along its logical axes."""
@@ -71,22 +80,34 @@ class Backend:
         return jax.lax.with_sharding_constraint(x, named_sharding(self.mesh, *axes))
 
 
-def make_mesh(tensor_parallel_size: int, devices: list | None = None) -> Mesh:
-    """A mesh of the first devices, or of those given."""
+def make_mesh(
+    tensor_parallel_size: int, devices: list | None = None, *, data: int = 1, fsdp: int = 1
+) -> Mesh:
+    """A mesh of the first devices, or of those given; data and FSDP axes are for training."""
     available = jax.devices() if devices is None else devices
-    if not 1 <= tensor_parallel_size <= len(available):
+    count = data * fsdp * tensor_parallel_size
+    if min(data, fsdp, tensor_parallel_size) < 1 or count > len(available):
         raise ConfigError(
-            f"tensor parallelism over {tensor_parallel_size} devices: there are {len(available)}"
+            f"tensor parallelism over {tensor_parallel_size} devices, data {data}, FSDP {fsdp}: "
+            f"there are {len(available)}"
         )
+    shape, names = (tensor_parallel_size,), (TENSOR,)
+    if data * fsdp > 1:
+        shape, names = (data, fsdp, tensor_parallel_size), (DATA, FSDP, TENSOR)
     return jax.make_mesh(
-        (tensor_parallel_size,), (TENSOR,), axis_types=(AxisType.Auto,),
-        devices=available[:tensor_parallel_size],
-    )  # fmt: skip
+        shape, names, axis_types=(AxisType.Auto,) * len(names), devices=available[:count]
+    )
 
 
 def named_sharding(mesh: Mesh, *axes: str | None) -> NamedSharding:
     """How an array with these logical axes lies on the mesh."""
-    return NamedSharding(mesh, P(*(LOGICAL_AXES[axis] if axis else None for axis in axes)))
+
+    def of(axis):
+        names = LOGICAL_AXES[axis] if axis else None
+        present = [n for n in (names if isinstance(names, tuple) else (names,)) if n in mesh.shape]
+        return tuple(present) if len(present) > 1 else (present[0] if present else None)
+
+    return NamedSharding(mesh, P(*map(of, axes)))
 
 
 def page_sharding(mesh: Mesh) -> NamedSharding:
@@ -120,3 +141,7 @@ def check_divides(config: LlamaConfig, mesh: Mesh) -> None:
                 f"{count} {what} do not divide over {size} devices; "
                 "choose a tensor-parallel size that divides them all"
             )
+    if config.hidden_size % mesh.shape.get(FSDP, 1):
+        raise ConfigError(
+            f"{config.hidden_size} channels do not divide over fsdp={mesh.shape[FSDP]} devices"
+        )

@@ -121,6 +121,11 @@ class Tokenizer:
         return self._backend.bos_token_id
 
     @property
+    def fingerprint(self) -> str:
+        """A hash of vocabulary, merges, special tokens and chat template."""
+        return self._fingerprint
+
+    @property
     def special_ids(self) -> tuple[int, ...]:
         """Ids of all special tokens."""
         added = self._backend.added_tokens_decoder

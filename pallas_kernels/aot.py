@@ -53,13 +53,19 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 """
 
 
+def has_plugin() -> bool:
+    """Whether the CUDA plugin is installed."""
+    packages = "jax_plugins", "jax_plugins.xla_cuda13"  # the second's parent must exist to be asked
+    return all(importlib.util.find_spec(name) is not None for name in packages)
+
+
 def h100_mesh(num_devices: int = 1, axis: str = "tensor") -> jax.sharding.Mesh:
     """A mesh of described H100s: programs compile for it, nothing can run on it.
 
     Raises:
       RuntimeError: the CUDA plugin is not installed.
     """
-    if importlib.util.find_spec("jax_plugins.xla_cuda13") is None:
+    if not has_plugin():
         raise RuntimeError(
             "compiling for an H100 needs the CUDA plugin: "
             "pip install jax-cuda13-plugin jax-cuda13-pjrt in the version of jax"

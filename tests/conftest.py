@@ -23,7 +23,8 @@ from jax_eagle import prefill  # noqa: E402
 from jax_eagle.attention import View  # noqa: E402
 from jax_eagle.cache import commit  # noqa: E402
 from jax_eagle.config import DraftConfig, LlamaConfig  # noqa: E402
-from jax_eagle.draft import Draft, init_draft_params  # noqa: E402
+from jax_eagle.draft import Draft  # noqa: E402
+from jax_eagle.eagle import init_draft_params  # noqa: E402
 from jax_eagle.llama import Llama, Target, init_params  # noqa: E402
 from pallas_kernels.compat import order_after  # noqa: E402
 

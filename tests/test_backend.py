@@ -15,7 +15,7 @@ import pytest
 from jax_eagle import Draft, SamplingParams, Target, generate, load_draft, load_target
 from jax_eagle.checkpoint import eagle, hf
 from jax_eagle.config import ConfigError, DraftConfig, LlamaConfig
-from jax_eagle.draft import init_draft_params
+from jax_eagle.eagle import init_draft_params
 from jax_eagle.llama import init_params
 from jax_eagle.sharding import Backend, check_divides, make_mesh
 

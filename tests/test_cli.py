@@ -127,10 +127,23 @@ def test_inspect_target_and_draft(run):
     assert f"{size:,} (" in text
     assert "  64 bytes a token, 4,096 a page" in text
     assert "embed/embedding                      float32 [260, 16]" in text
-    code, text, _ = run("inspect", "draft", "--target", "target")
+    code, text, _ = run("inspect", "draft", "--target", "target", "--no-smoke")
     assert code == 0 and "fits (hidden size 16, vocabulary 260)" in text
+    assert "  kind                 EAGLE\n" in text and "\nacceptance" not in text
     code, text, _ = run("inspect", "draft")
-    assert code == 0 and "not checked; needs hidden size 16" in text
+    assert code == 0 and "not checked; needs hidden size 16" in text and "\nacceptance" not in text
+
+
+def test_inspect_measures_a_draft_on_a_few_prompts(run, monkeypatch):
+    monkeypatch.setattr(bench, "PROMPTS", ("Explain", "Write"))
+    code, text, _ = run("inspect", "draft", "--target", "target")
+    assert code == 0
+    line = text.splitlines()[-1]
+    assert line.startswith("acceptance length ")
+    assert "with chain:3, a smoke test on 62 tokens of 2 prompts" in line
+    assert "counts the bonus token" in line
+    code, text, _ = run("inspect", "draft", "--target", "ids")
+    assert code == 0 and text.splitlines()[-1].startswith("acceptance not measured: its prompts")
 
 
 def test_demo_tells_tokens_apart_and_compares_speed(run, monkeypatch):
@@ -185,7 +198,7 @@ BAD_OPTIONS = {
     "unknown model": (("inspect", "nothing"), "no such file or folder, and no known name"),
     "unknown draft": ((*ASKED, "--draft", "nothing"), "nothing: no such file or folder"),
     "no known draft": ((*ASKED, "--draft", "auto"), "give --draft NAME, or --draft none"),
-    "width": ((*ASKED, "--draft", "wide"), "its hidden size is 32, this target needs 16"),
+    "width": ((*ASKED, "--draft", "wide"), "its feature width is 32, this target needs 16"),
     "vocabulary": ((*ASKED, "--draft", "words"), "its vocabulary size is 9, this target needs 260"),
     "inspect width": (("inspect", "wide", "--target", "target"), "a draft of another target"),
     "two targets": (("inspect", "target", "--target", "target"), "target is a target, expected"),
@@ -284,10 +297,13 @@ PROGRAMS = {
     "config": (["train.train", "--config", "none.yaml"], "none.yaml"),
     "option": (["train.train", "--depth", "3"], "No such option: --depth"),
     "run": (
-        ["train.export", "--checkpoint", "none", "--out", "x"],
+        ["train.export", "none", "--out", "x"],
         "none: not the folder of a run",
     ),
-    "model": (["train.dialogues", "--model", "none"], "none: no such file or folder"),
+    "model": (
+        ["train.prompts", "--out", "p", "--count", "1", "--model", "none"],
+        "none: no such file or folder",
+    ),
     "benchmark": (["benchmarks.acceptance", "--model", "none"], "none: no such file or folder"),
 }
 

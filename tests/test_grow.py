@@ -10,7 +10,7 @@ import pytest
 from benchmarks.grow import grow_draft, grow_target
 from jax_eagle import Draft, Target, generate
 from jax_eagle.config import DraftConfig, LlamaConfig, RopeScaling
-from jax_eagle.draft import init_draft_params
+from jax_eagle.eagle import init_draft_params
 from jax_eagle.llama import init_params
 
 SMALL = LlamaConfig(

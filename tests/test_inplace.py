@@ -7,7 +7,7 @@ import pytest
 
 from jax_eagle import Draft, Target
 from jax_eagle.config import DraftConfig, LlamaConfig
-from jax_eagle.draft import init_draft_params
+from jax_eagle.eagle import init_draft_params
 from jax_eagle.generate import decode
 from jax_eagle.llama import init_params
 from jax_eagle.prefill import start

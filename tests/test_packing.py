@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from jax_eagle import Draft, Target, bench, generate
 from jax_eagle.config import DraftConfig, LlamaConfig
-from jax_eagle.draft import init_draft_params
+from jax_eagle.eagle import init_draft_params
 from jax_eagle.llama import init_params
 from jax_eagle.packing import BLOCKS, column_blocks, matmul
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from benchmarks.equal_text import Margins, compare
-from benchmarks.prompts import as_chat, mt_bench
 from jax_eagle import generate, load_draft, load_target
+from jax_eagle.prompts import as_chat, mt_bench
 
 GOLDENS = Path(__file__).parent / "goldens" / "smollm2_greedy.npz"
 

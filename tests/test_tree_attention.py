@@ -146,6 +146,37 @@ def test_no_mask_is_causal_with_the_queries_last(attend, shape):
     assert_close(attend(case | {"mask": None}), dense(case))
 
 
+LONG = (2, 150, 160, 4, 2, 8, 16, 1)
+"""More nodes than the reference takes at once, and not a multiple of that."""
+
+
+def test_long_texts_go_block_by_block():
+    case = make_case(LONG, 8)
+    assert_close(jitted(*case.values(), implementation="reference"), dense(case))
+
+
+def test_gradients_of_a_long_text():
+    """The reference is what training differentiates."""
+    case = make_case((*LONG[:-1], 0), 9, [0, 0])
+    q, k, v, *rest = map(jnp.asarray, case.values())
+    mask = case["mask"][:, None]
+    toward = np.random.default_rng(9).standard_normal(q.shape).astype(np.float32)
+
+    def plain(q, k, v):
+        k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
+        scores = jnp.einsum("bmnh,bxnh->bnmx", q, k) * q.shape[-1] ** -0.5
+        weights = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf))
+        return jnp.sum(toward * jnp.einsum("bnmx,bxnh->bmnh", weights, v))
+
+    def blocks(q, k, v):
+        return jnp.sum(toward * tree_attention(q, k, v, *rest, implementation="reference"))
+
+    expected, given = (jax.jit(jax.grad(f, argnums=(0, 1, 2)))(q, k, v) for f in (plain, blocks))
+    for one, other in zip(given, expected, strict=True):
+        assert float(jnp.max(jnp.abs(other))) > 0.1
+        np.testing.assert_allclose(one, other, rtol=0, atol=2e-5)
+
+
 def test_scale_replaces_the_default(attend):
     case = make_case(SHAPES["gqa"], 5)
     assert_close(attend(case, scale=0.1), dense(case, scale=0.1))

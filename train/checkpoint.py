@@ -1,74 +1,162 @@
-"""Checkpoints of a run: the whole state, the seconds it took, and the draft that it would export.
+"""Checkpoints of a run: everything that a run killed at any moment goes on from.
 
-run.json      the draft's config and the number of steps
 config.yaml   the resolved configuration
-data.npz      the packed rows: a resumed run sees the same ones, whatever was written since
-checkpoints/  Orbax, one folder a step
+checkpoints/  Orbax, one folder a step: `state` (arrays) and `progress` (JSON)
+
+Checkpoints are written in the background from a copy of the state and get their name when they are
+complete, so a kill or a full disk costs at most the one that was being written.
 """
 
+import contextlib
 import dataclasses
+import json
+import logging
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
+import yaml
+from orbax.checkpoint import checkpoint_managers as policies
 
 from jax_eagle import Draft
-from jax_eagle.checkpoint.files import read_json
+from jax_eagle.checkpoint.mapping import CheckpointError, one_line
 from jax_eagle.config import ConfigError, DraftConfig
 
-from .data import Data, Rows
+from .config import CheckpointConfig, TrainConfig, from_tree, to_tree
 from .step import TrainState
+
+_BEST = "acceptance_length"
+_NOT_EVALUATED = 0.0
+"""Less than any acceptance length: checkpoints between evaluations are never the best."""
+_MAY_CHANGE = ("output", "evaluation", "checkpoint", "mesh", "log_every", "max_minutes", "card")
+"""Keys of a config that a resumed run may have otherwise."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """Where a run stands besides its arrays: JSON."""
+
+    seconds: float
+    """Of training, over all starts."""
+    tokens: int
+    """Real tokens seen, padding not counted."""
+    feed: dict[str, Any]
+    """What `Feed.restore` takes."""
+    draft: dict[str, Any]
+    """`DraftConfig.to_dict`."""
+    corpus: str
+    """`Corpus.fingerprint`."""
+    tokenizer: str
+    """Hash of tokenizer and chat template."""
 
 
 class Checkpoints:
     """The checkpoints folder of a run."""
 
-    def __init__(self, run: Path, max_to_keep: int = 2):
-        self._manager = _manager(run, max_to_keep)
+    def __init__(self, run: Path, config: CheckpointConfig):
+        keep = [
+            policies.LatestN(config.keep_last),
+            policies.BestN(
+                get_metric_fn=lambda metrics: metrics[_BEST],
+                n=config.keep_best,
+            ),
+        ]
+        self._folder, self._broken = run / "checkpoints", False
+        self._manager = _manager(run, preservation_policy=policies.AnyPreservationPolicy(keep))
 
     def latest_step(self) -> int | None:
-        """The newest checkpoint; None if there is none."""
+        """The newest whole checkpoint; None if there is none."""
         return self._manager.latest_step()
 
-    def save(self, state: TrainState, seconds: float) -> None:
-        """Writes a checkpoint and waits for it: the next step donates the state."""
-        tree = {"state": _arrays(state), "seconds": np.asarray(seconds)}
-        step = int(state.step)
-        if step != self.latest_step():
-            self._manager.save(step, args=ocp.args.StandardSave(tree))
-            self._manager.wait_until_finished()
+    def save(
+        self, state: TrainState, progress: Progress, acceptance_length: float | None = None
+    ) -> None:
+        """Begins to write a checkpoint; the state may be donated as soon as this returns.
 
-    def restore(self, like: TrainState) -> tuple[TrainState, float]:
-        """The newest checkpoint in the form of `like`, whose arrays are not read."""
-        tree = _here({"state": _arrays(like), "seconds": np.zeros(())})
+        Raises:
+          CheckpointError: this one or the one before could not be written (disk full).
+        """
+        step = int(state.step)
+        if step in self._manager.all_steps():
+            return
+        # A copy: on a CPU the arrays that are being written would be the donated ones.
+        arrays = jax.tree.map(jnp.copy, _arrays(state))
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(arrays),
+            progress=ocp.args.JsonSave(dataclasses.asdict(progress)),
+        )
+        metrics = {_BEST: _NOT_EVALUATED if acceptance_length is None else acceptance_length}
+        self._guarded(lambda: self._manager.save(step, args=items, metrics=metrics))
+
+    def wait(self) -> None:
+        """Until all checkpoints are complete; raises what `save` does."""
+        self._guarded(self._manager.wait_until_finished)
+
+    def _guarded(self, write) -> None:
+        try:
+            write()
+        except (OSError, ValueError) as error:
+            self._broken = True
+            # Orbax leaves a future behind for each array, and each would print a trace of its own.
+            logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+            last = self._manager.latest_step()
+            kept = "there is none before it" if last is None else f"that of step {last} stays"
+            raise CheckpointError(
+                f"{self._folder}: a checkpoint could not be written ({one_line(error)}); {kept}"
+            ) from error
+
+    def restore(self, like: TrainState) -> tuple[TrainState, Progress]:
+        """The newest checkpoint in the form and on the devices of `like`, which is not read."""
         step = self._manager.latest_step()
-        found = self._manager.restore(step, args=ocp.args.StandardRestore(tree))
-        return dataclasses.replace(like, **found["state"]), float(found["seconds"])
+        items = ocp.args.Composite(
+            state=ocp.args.StandardRestore(_arrays(like)), progress=ocp.args.JsonRestore()
+        )
+        found = self._manager.restore(step, args=items)
+        return dataclasses.replace(like, **found["state"]), Progress(**found["progress"])
+
+    def progress(self) -> Progress:
+        """That of the newest checkpoint."""
+        return _progress(self._manager, self._manager.latest_step())
+
+    def best_step(self) -> int | None:
+        """The checkpoint with the greatest acceptance length; None before an evaluation."""
+        return _best_step(self._manager)
 
     def close(self) -> None:
-        """Ends the manager's threads."""
-        self._manager.close()
+        """Waits, and ends the manager's threads; raises what `save` does, if it has not yet."""
+        if self._broken:
+            with contextlib.suppress(OSError, ValueError):
+                self._manager.close()
+        else:
+            self._guarded(self._manager.close)
 
 
-def load_draft(run: Path, *, dtype: str = "float32") -> Draft:
-    """The draft of a run's newest checkpoint.
+def load_draft(run: Path, *, which: str = "best", dtype: str = "float32") -> Draft:
+    """The draft of one of a run's checkpoints.
+
+    Args:
+      which: "best" by acceptance length (the newest if none was evaluated) or "latest".
 
     Raises:
       ConfigError: the folder holds no run, or the run has no checkpoint yet.
     """
-    if not (run / "run.json").is_file():
-        raise ConfigError(f"{run}: not the folder of a run (run.json is missing)")
-    config = DraftConfig.from_dict(read_json(run / "run.json")["draft"], dtype=dtype)
+    if not (run / "checkpoints").is_dir():
+        raise ConfigError(f"{run}: not the folder of a run (checkpoints/ is missing)")
     with _manager(run) as manager:
-        step = manager.latest_step()
+        step = _best_step(manager) if which == "best" else None
+        step = manager.latest_step() if step is None else step
         if step is None:
             raise ConfigError(f"{run}: no checkpoint yet")
-        stored = manager.item_metadata(step)
-        tree = manager.restore(step, args=ocp.args.StandardRestore(_here(stored)))["state"]
+        stored = manager.item_metadata(step)["state"]
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(_here(stored)))
+        tree = manager.restore(step, args=items)["state"]
+        config = DraftConfig.from_dict(_progress(manager, step).draft, dtype=dtype)
     state = TrainState(
         step=tree["step"],
+        failed=tree["failed"],
+        rng=tree["rng"],
         params=tree["params"],
         average=tree.get("average"),
         opt_state=None,
@@ -79,38 +167,67 @@ def load_draft(run: Path, *, dtype: str = "float32") -> Draft:
     return state.draft()
 
 
-def _manager(run: Path, max_to_keep: int | None = None) -> ocp.CheckpointManager:
+def save_config(config: TrainConfig, run: Path) -> None:
+    """Writes the resolved configuration of a new run."""
+    run.mkdir(parents=True, exist_ok=True)
+    text = yaml.safe_dump(json.loads(json.dumps(to_tree(config))), sort_keys=False)
+    (run / "config.yaml").write_text(text, "utf-8")
+
+
+def check_config(config: TrainConfig, run: Path) -> None:
+    """Raises ConfigError unless `config` goes on with what the run began with."""
+    path = run / "config.yaml"
+    if not path.is_file():
+        raise ConfigError(f"{run}: nothing to resume")
+    begun = from_tree(TrainConfig, yaml.safe_load(path.read_text("utf-8")), str(path))
+    ours, its = _flat(to_tree(config)), _flat(to_tree(begun))
+    for key in sorted(ours.keys() | its.keys()):
+        changed = ours.get(key) != its.get(key)
+        if changed and key.split(".")[0] not in (*_MAY_CHANGE, "run"):
+            raise ConfigError(
+                f"{run}: begun with {key} {its.get(key)!r}, the config says {ours.get(key)!r}; "
+                "change it back, or begin another run"
+            )
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Leaves by dotted name."""
+    if not isinstance(tree, dict | list):
+        return {prefix.removesuffix("."): tree}
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree)
+    return {
+        name: leaf for key, value in items for name, leaf in _flat(value, f"{prefix}{key}.").items()
+    }
+
+
+def _manager(run: Path, **options: Any) -> ocp.CheckpointManager:
     return ocp.CheckpointManager(
         (run / "checkpoints").absolute(),
-        item_handlers=ocp.StandardCheckpointHandler(),
-        options=ocp.CheckpointManagerOptions(max_to_keep=max_to_keep),
+        item_handlers={
+            "state": ocp.StandardCheckpointHandler(),
+            "progress": ocp.JsonCheckpointHandler(),
+        },
+        options=ocp.CheckpointManagerOptions(
+            best_fn=lambda metrics: metrics[_BEST], cleanup_tmp_directories=True, **options
+        ),
     )
+
+
+def _best_step(manager: ocp.CheckpointManager) -> int | None:
+    found = {step: (manager.metrics(step) or {})[_BEST] for step in manager.all_steps()}
+    evaluated = [step for step, length in found.items() if length != _NOT_EVALUATED]
+    return max(evaluated, key=lambda step: (found[step], step), default=None)
+
+
+def _progress(manager: ocp.CheckpointManager, step: int | None) -> Progress:
+    items = ocp.args.Composite(progress=ocp.args.JsonRestore())
+    return Progress(**manager.restore(step, args=items)["progress"])
 
 
 def _here(tree: Any) -> Any:
     """What to restore arrays as: their shape and dtype, on this process's first device."""
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), tree)
-
-
-def save_data(data: Data, path: Path) -> None:
-    """Writes the packed rows."""
-    columns = {
-        f"{part}_{field.name}": getattr(rows, field.name)
-        for part, rows in (("train", data.train), ("validation", data.validation))
-        for field in dataclasses.fields(Rows)
-    }
-    np.savez_compressed(path, counts=data.counts, **columns)
-
-
-def load_data(path: Path) -> Data:
-    """Reads what `save_data` wrote."""
-    with np.load(path) as file:
-        train, validation = (
-            Rows(*(file[f"{part}_{field.name}"] for field in dataclasses.fields(Rows)))
-            for part in ("train", "validation")
-        )
-        return Data(train, validation, file["counts"])
 
 
 def _arrays(state: TrainState) -> dict[str, Any]:

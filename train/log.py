@@ -1,66 +1,136 @@
-"""What a run shows while it trains: a progress bar, metrics.jsonl, and TensorBoard if asked for."""
+"""What a run shows while it trains: a progress bar, metrics.jsonl and TensorBoard.
+
+All figures come as floats of the host, so nothing here waits for the device. A run that goes on
+from a checkpoint first forgets what it had logged behind it: no step stands in the files twice.
+"""
 
 import json
+import os
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any, Self
 
+from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from tensorboardX import SummaryWriter
 
-from .config import TrainConfig
+from .evaluate import Evaluation
+
+METRICS = "metrics.jsonl"
 
 
 class Log:
-    """One log of a run; `progress` is a context manager."""
+    """One log of a run; a context manager, in which the progress bar is shown."""
 
-    def __init__(self, config: TrainConfig, num_steps: int):
-        columns = (
-            "{task.fields[tokens]:,} tokens",
-            "loss {task.fields[loss]:.3f}",
-            "top-1 {task.fields[top1]:.3f}",
-            "{task.fields[speed]:.0f} tok/s",
-        )
-        self.progress = Progress(
+    def __init__(
+        self,
+        folder: Path,
+        num_steps: int,
+        *,
+        step: int = 0,
+        flops_per_token: float | None = None,
+        peak_flops: float | None = None,
+        console: Console | None = None,
+    ):
+        """Opens the log, or goes on with it.
+
+        Args:
+          folder: of the run; it must exist.
+          num_steps: of the whole run.
+          step: the last one that is done; later records are cut off.
+          flops_per_token: of a step, target included; None: no share of the peak is shown.
+          peak_flops: floating-point operations a second that this machine can do at best.
+        """
+        self._path = folder / METRICS
+        before = _cut(self._path, step)
+        self._begin = time.monotonic() - before.get("seconds", 0.0)
+        self._mark = int(before.get("tokens", 0)), time.monotonic()
+        self._peak_tokens = None
+        if flops_per_token and peak_flops:
+            self._peak_tokens = peak_flops / flops_per_token
+        self._file = self._path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(
+            str(folder / "tensorboard"), purge_step=step + 1, filename_suffix=f".{step}"
+        )  # the suffix: two starts within a second would write to one file
+        self._progress = Progress(
             TextColumn("step {task.completed}/{task.total}"),
             BarColumn(),
-            *map(TextColumn, columns),
+            TextColumn("{task.description}"),
             TimeRemainingColumn(),
+            console=console,
         )
-        self._task = self.progress.add_task(
-            "train", total=num_steps, tokens=0, loss=0.0, top1=0.0, speed=0.0
-        )
-        self._step_tokens = config.batch * config.length
-        self._last: tuple[int, float] | None = None
-        self._file = Path(config.run) / "metrics.jsonl"
-        self._board = None
-        if config.tensorboard:
-            from tensorboardX import SummaryWriter
+        self._task = self._progress.add_task("", total=num_steps, completed=step)
 
-            self._board = SummaryWriter(str(Path(config.run) / "tensorboard"))
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
 
-    def step(self, step: int, seconds: float, figures: dict[str, float]) -> None:
-        """The training metrics of one step; the speed is that since the last call."""
-        last_step, last_seconds = self._last or (step, seconds)
-        speed = (step - last_step) * self._step_tokens / max(seconds - last_seconds, 1e-9)
-        self._last = step, seconds
-        tokens = step * self._step_tokens
-        shown = {"tokens": tokens, "speed": speed, "loss": figures["loss"], "top1": figures["top1"]}
-        self.progress.update(self._task, completed=step, **shown)
-        self._write(step, {"seconds": seconds, "tokens": tokens, "speed": speed, **figures})
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+        self._file.close()
+        self._board.close()
 
-    def validation(self, step: int, figures: dict[str, dict[str, float]]) -> None:
-        """Validation figures by source."""
-        for name, values in figures.items():
-            text = ", ".join(f"{key} {value:.4g}" for key, value in values.items())
-            self.say(f"step {step}: validation {name}: {text}")
-        flat = {f"validation/{n}/{k}": v for n, of in figures.items() for k, v in of.items()}
-        self._write(step, flat)
+    def step(self, step: int, tokens: int, metrics: Mapping[str, float]) -> None:
+        """Metrics of training at a step, among them `loss`.
+
+        Args:
+          tokens: trained on since the run began; the speed is that since the last call.
+        """
+        (last_tokens, last), now = self._mark, time.monotonic()
+        self._mark = tokens, now
+        speed = (tokens - last_tokens) / max(now - last, 1e-9)
+        figures = {"tokens_per_second": speed}
+        shown = f"{tokens:,} tokens, loss {metrics['loss']:.4f}, {speed:,.0f} tokens/s"
+        if self._peak_tokens is not None:
+            figures["peak_share"] = speed / self._peak_tokens
+            shown += f", {figures['peak_share']:.0%} of peak"
+        self._progress.update(self._task, completed=step, description=shown)
+        if not self._progress.console.is_terminal:  # where a bar would not be seen
+            self.say(f"step {step}: {shown}")
+        self._write(step, tokens, {**figures, **metrics})
+
+    def evaluation(self, step: int, tokens: int, evaluation: Evaluation) -> None:
+        """An evaluation's figures, and a line of the main ones. Its time is not training time."""
+        self.say(f"step {step}: {evaluation.line()}")
+        self._write(step, tokens, evaluation.figures)
+        self._mark = tokens, time.monotonic()
 
     def say(self, text: str) -> None:
         """One line above the progress bar."""
-        self.progress.console.print(text, highlight=False, soft_wrap=True)
+        self._progress.console.print(text, highlight=False, soft_wrap=True, markup=False)
 
-    def _write(self, step: int, figures: dict[str, float]) -> None:
-        with self._file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **figures}) + "\n")
-        if self._board is not None:
-            for name, value in figures.items():
-                self._board.add_scalar(name, value, step)
+    def _write(self, step: int, tokens: int, figures: Mapping[str, float]) -> None:
+        seconds = round(time.monotonic() - self._begin, 3)
+        record = {"step": step, "tokens": tokens, "seconds": seconds, **figures}
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        for name, value in figures.items():
+            self._board.add_scalar(name, value, step)
+
+
+def read_metrics(folder: Path) -> Iterator[dict[str, Any]]:
+    """The records of a run's metrics.jsonl; a last line that was cut while written is left out.
+
+    Raises:
+      ValueError: another line that is not JSON.
+    """
+    lines = (folder / METRICS).read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            yield json.loads(line)
+        except ValueError:
+            if number < len(lines):
+                message = f"{folder / METRICS}:{number}: not JSON; delete the line to go on"
+                raise ValueError(message) from None
+
+
+def _cut(path: Path, step: int) -> dict[str, Any]:
+    """Leaves only the records up to a step in the file; returns the last of them."""
+    if not path.exists():
+        return {}
+    kept = [record for record in read_metrics(path.parent) if record["step"] <= step]
+    part = path.with_suffix(".part")
+    part.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+    os.replace(part, path)
+    return kept[-1] if kept else {}

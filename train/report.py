@@ -2,69 +2,113 @@
 
 import dataclasses
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jax_eagle.acceptance import CONVENTION
 from jax_eagle.checkpoint.files import write_json
+from jax_eagle.config import DraftConfig
 
-from .config import TrainConfig
-from .feed import Feed
-from .step import TrainState
+from .config import TrainConfig, to_tree
+from .evaluate import Evaluation
 
-_NOT_SETTINGS = ("target", "sources", "output", "run", "features", "start", "card")
+_NOT_SETTINGS = ("target", "run", "output", "card")
+
+
+@dataclasses.dataclass(frozen=True)
+class Effort:
+    """What went into a draft."""
+
+    steps: int
+    tokens: int
+    """Trained on, padding not counted; those of later epochs count again."""
+    seconds: float
+    distinct_tokens: int
+    source_tokens: Sequence[int]
+    """Of each source of the config, in order."""
 
 
 def write_card(
-    config: TrainConfig,
-    feed: Feed,
-    state: TrainState,
-    seconds: float,
-    figures: dict[str, dict[str, float]],
+    config: TrainConfig, draft: DraftConfig, effort: Effort, evaluation: Evaluation
 ) -> dict[str, Any]:
-    """Writes the card into the output folder and returns its figures."""
-    steps = int(state.step)
-    source = feed.rows.source[feed.rows.segment > 0]
+    """Writes the card into the output folder and returns what card.json holds."""
+    sources = zip(config.data.sources, effort.source_tokens, strict=True)
     card = {
         "target": config.target,
-        "sources": [
-            {"kind": each.kind, "tokens": int((source == i).sum())}
-            for i, each in enumerate(config.sources)
-        ],
-        "distinct_tokens": feed.rows.num_tokens,
-        "steps": steps,
-        "token_visits": steps * config.batch * config.length,
-        "seconds": round(seconds),
-        "validation": figures,
-        "settings": {
-            field.name: getattr(config, field.name)
-            for field in dataclasses.fields(config)
-            if field.name not in _NOT_SETTINGS
+        "draft": {
+            "kind": config.draft.kind,
+            "layers": draft.layer.num_layers,
+            "vocabulary": draft.draft_vocab_size or draft.layer.vocab_size,
         },
+        "sources": [{"kind": source.kind, "tokens": int(count)} for source, count in sources],
+        "distinct_tokens": effort.distinct_tokens,
+        "steps": effort.steps,
+        "tokens": effort.tokens,
+        "seconds": round(effort.seconds),
+        "acceptance": {"convention": CONVENTION, **evaluation.figures},
+        "settings": _settings(config),
     }
     folder = Path(config.output)
+    folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "card.json", card)
-    (folder / "README.md").write_text(_text(card, config.card), encoding="utf-8")
+    text = [*_head_lines(card), "", *_acceptance_lines(evaluation)]
+    text += ["", *textwrap.wrap(config.card, 100)] if config.card else []
+    (folder / "README.md").write_text("\n".join(text) + "\n", encoding="utf-8")
     return card
 
 
-def _text(card: dict[str, Any], notes: str) -> str:
+def _settings(config: TrainConfig) -> dict[str, Any]:
+    """The config without the paths of the machine that it ran on."""
+    tree = {key: value for key, value in to_tree(config).items() if key not in _NOT_SETTINGS}
+    for key in "sources", "features", "held_out":
+        del tree["data"][key]
+    tree["draft"]["start"] = Path(config.draft.start).name
+    tree["evaluation"]["prompts"] = [Path(name).name for name in config.evaluation.prompts]
+    return tree
+
+
+def _head_lines(card: dict[str, Any]) -> list[str]:
+    draft = card["draft"]
     sources = ", ".join(f"{s['kind']} ({s['tokens']:,} tokens)" for s in card["sources"])
-    lines = [
-        f"# EAGLE draft for {card['target']}",
+    layers = f"{draft['layers']} layer{'s' if draft['layers'] > 1 else ''}"
+    return [
+        f"# Draft for {card['target']}",
         "",
+        f"- Kind: {draft['kind']}, {layers}, proposes from {draft['vocabulary']:,} tokens.",
         f"- Data: {sources}; {card['distinct_tokens']:,} distinct tokens in all.",
-        f"- Training: {card['steps']:,} steps, {card['token_visits']:,} token visits, "
+        f"- Training: {card['steps']:,} steps, {card['tokens']:,} tokens, "
         f"{card['seconds'] / 60:.0f} minutes.",
+    ]
+
+
+def _acceptance_lines(evaluation: Evaluation) -> list[str]:
+    figures = evaluation.figures
+
+    def interval(name: str, key: str) -> str:
+        value, low, high = (figures[f"{name}{end}/{key}"] for end in ("", "_low", "_high"))
+        return f"{value:.3f} ({low:.3f} to {high:.3f})"
+
+    lines = [
+        f"Acceptance ({CONVENTION}):",
         "",
-        "Validation on held-out text, teacher-forced. top-1: the draft's favourite is the target's",
-        "(whole vocabulary). KL: over the draft vocabulary.",
+        "| tree, prompts | acceptance length |",
+        "|---|---|",
+    ]
+    for name in figures:
+        kind, _, key = name.partition("/")
+        if kind == "acceptance_length":
+            tree, _, suite = key.partition("/")
+            lines.append(f"| {tree}, {suite or 'all'} | {interval(kind, key)} |")
+    lines += [
         "",
-        "| source | tokens | top-1 | KL |",
+        f"Chains of drafted tokens under every token of the target's own answers "
+        f"({figures['chains']:,.0f} chains):",
+        "",
+        "| depth | conditional acceptance | joint acceptance | acceptance length of chain |",
         "|---|---|---|---|",
     ]
-    lines += [
-        f"| {name} | {values['tokens']:,} | {values['top1']:.3f} | {values['kl']:.3f} |"
-        for name, values in card["validation"].items()
-    ]
-    lines += ["", *textwrap.wrap(notes, 100)] if notes else []
-    return "\n".join(lines) + "\n"
+    for depth in (name.partition("/")[2] for name in figures if name.startswith("joint/")):
+        row = [interval(kind, depth) for kind in ("conditional", "joint", "chain_length")]
+        lines.append(f"| {depth.removeprefix('depth')} | {' | '.join(row)} |")
+    return lines

@@ -1,64 +1,89 @@
-"""The training step: frozen target and draft in one program.
+"""The training step: frozen target, draft, losses and optimiser in one program.
 
-Row i of the draft takes (token i, feature i-1) at position i and estimates feature i, whose logits
-are the law of token i+1: the layout of `jax_eagle.draft`. The first token of a segment has no
-feature before it, so it is neither a key nor scored.
+Row i of the draft takes (token i, feature i-1) at position i and its state is turned into the law
+of token i+1: the layout of `jax_eagle.draft`. The first token of a segment has no feature before
+it, so it is neither a key nor scored.
 
-`fc` is trained for scaled inputs (embeddings of unit size, features without the final norm's
-weight): raw features are large and uneven, and Adam's equal steps would wreck a good start. The
-scales are constants, folded into the kernel whenever a draft is made.
+`fc` is trained for scaled inputs (of about unit size): raw features are large and uneven, and
+Adam's equal steps would wreck a good start. The scales are constants, folded into the kernel
+whenever a draft is made.
+
+A step whose loss or gradient is not finite changes nothing but `failed`, and neither do the steps
+behind it: when the host reads of it, the state is still the last good one.
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
-from jaxtyping import Array, Float, Int
+from jax.tree_util import Partial
+from jaxtyping import Array, Float, Int, UInt32
 
 from jax_eagle import Draft, Target
-from jax_eagle.attention import View
 from jax_eagle.config import DraftConfig
-from jax_eagle.tree import Tree
+from jax_eagle.unroll import Text, unroll
 
 from .config import TrainConfig
-from .loss import Metrics, distillation_loss
+from .loss import Heads, Mean, Positions, distillation_loss
+from .teacher import Teacher, Teaching
+
+RUNNING = -1
+"""`TrainState.failed` while all is well."""
 
 
-@struct.dataclass
-class Batch:
-    """Packed rows; see `data.Rows`."""
+class Batch(struct.PyTreeNode):
+    """Packed rows; see `feed`."""
 
     tokens: Int[Array, "B T"]
     segment: Int[Array, "B T"]
     position: Int[Array, "B T"]
     weight: Float[Array, "B T"]
-    features: Float[Array, "B T F"] | None = None
-    """Kept features of the target in float16; None: the step runs the target."""
+    features: Float[Array, "B T E"] | None = None
+    """Kept features (`pack_teaching`); None: the step runs the target."""
+
+    @property
+    def text(self) -> Text:
+        """The rows without what the loss needs."""
+        return Text(self.tokens, self.segment, self.position)
 
 
-@struct.dataclass
-class TrainState:
+class TrainState(struct.PyTreeNode):
     """All that changes in a run, and the constants of its draft."""
 
     step: Int[Array, ""]
+    """Updates so far."""
+    failed: Int[Array, ""]
+    """The step that was not finite; RUNNING: none."""
+    rng: UInt32[Array, "2"]
+    """Key data; each step folds its number in."""
     params: Any
     """Float32, `fc` for scaled inputs."""
     average: Any
     """Moving average of `params`; None without one."""
     opt_state: Any
-    input_scale: Float[Array, "D+F"]
+    input_scale: Float[Array, "X"]
+    """What the inputs of `fc` are multiplied with."""
     draft_to_target: Int[Array, "U"] | None
     config: DraftConfig = struct.field(pytree_node=False)
 
     def draft(self) -> Draft:
         """The draft that would be exported now."""
-        params = self.params if self.average is None else self.average
-        return make_draft(params, self)
+        return make_draft(self.params if self.average is None else self.average, self)
+
+
+class StepOutput(NamedTuple):
+    """What a step tells the host, all still on the device."""
+
+    metrics: dict[str, Mean]
+    """Figures of the loss [J], and `gradient_norm`."""
+    failed: Int[Array, ""]
+    features: Float[Array, "B T E"]
+    """Those of the batch, to be kept."""
 
 
 def make_draft(params: Any, state: TrainState) -> Draft:
@@ -69,46 +94,35 @@ def make_draft(params: Any, state: TrainState) -> Draft:
     return Draft(params, state.draft_to_target, state.config)
 
 
-def target_features(target: Target, batch: Batch) -> Float[Array, "B T F"]:
-    """The target's features of packed rows; no segment sees another."""
-    zeros = jnp.zeros_like(batch.position)
-    tree = Tree(parent=zeros, depth=batch.position, rank=zeros, mask=_segment_mask(batch))
-    return jax.lax.stop_gradient(target(batch.tokens, tree, cache=None).features)
+def pack_teaching(config: DraftConfig, teaching: Teaching) -> jax.Array:
+    """One array of what has to be kept: features, and behind tapped ones the head's input."""
+    return jnp.concatenate(teaching, axis=-1) if config.is_eagle3 else teaching.features
 
 
-def draft_outputs(draft: Draft, target: Target, batch: Batch, features_BTF) -> jax.Array:
-    """The draft's estimates [B, T, D] of `features_BTF`, each from the features before it."""
-    before_BTF = jnp.pad(features_BTF[:, :-1], ((0, 0), (1, 0), (0, 0)))
-    has_feature_BT = batch.position > 0
-    before_BTF = jnp.where(has_feature_BT[:, :, None], before_BTF, jnp.zeros_like(before_BTF))
-    mask_BTT = _segment_mask(batch) & has_feature_BT[:, None, :]
-    mask_BTT = mask_BTT | jnp.eye(mask_BTT.shape[1], dtype=bool)[None]
-    return draft(target, batch.tokens, before_BTF, View(batch.position, mask_BTT))[0]
-
-
-def _segment_mask(batch: Batch):
-    T = batch.tokens.shape[1]
-    same_BTT = batch.segment[:, :, None] == batch.segment[:, None, :]
-    return same_BTT & jnp.tril(jnp.ones((T, T), bool))[None]
+def unpack_teaching(config: DraftConfig, packed: jax.Array) -> Teaching:
+    """The inverse of `pack_teaching`."""
+    width = config.feature_width
+    return Teaching(packed[..., :width], packed[..., width:] if config.is_eagle3 else packed)
 
 
 def make_optimizer(config: TrainConfig, num_steps: int) -> optax.GradientTransformation:
-    """AdamW with warm-up and cosine; `fc` moves by `fc_lr_scale` of the others' rate."""
-    warmup = max(1, round(config.warmup * num_steps))
+    """AdamW with warm-up and cosine; `fc` moves by `fc_scale` of the others' rate."""
+    c = config.optimizer
+    warmup = max(1, round(c.warmup * num_steps))
     schedule = optax.warmup_cosine_decay_schedule(
         0.0,
-        config.learning_rate,
+        c.learning_rate,
         warmup,
         max(num_steps, warmup + 1),
-        config.learning_rate * config.final_learning_rate,
+        c.learning_rate * c.final_learning_rate,
     )
     return optax.chain(
-        optax.clip_by_global_norm(config.clip),
-        optax.scale_by_adam(b1=0.9, b2=0.95),
+        optax.clip_by_global_norm(c.clip),
+        optax.scale_by_adam(b1=c.b1, b2=c.b2),
         optax.add_decayed_weights(
-            config.weight_decay, mask=lambda params: jax.tree.map(lambda x: x.ndim > 1, params)
+            c.weight_decay, mask=lambda params: jax.tree.map(lambda x: x.ndim > 1, params)
         ),
-        optax.masked(optax.scale(config.fc_lr_scale), _is_fc),
+        optax.masked(optax.scale(c.fc_scale), _is_fc),
         optax.scale_by_learning_rate(schedule),
     )
 
@@ -121,37 +135,118 @@ def _is_fc(params: Any) -> Any:
 
 
 def make_train_step(
-    config: TrainConfig, optimizer: optax.GradientTransformation
-) -> Callable[[TrainState, Target, Batch], tuple[TrainState, Metrics, Array]]:
-    """The jitted step: (state, target, batch) -> (state, metrics, features). Donates the state.
+    config: TrainConfig, optimizer: optax.GradientTransformation, **jit_options: Any
+) -> Callable[[TrainState, Teacher, Batch], tuple[TrainState, StepOutput]]:
+    """The jitted step: (state, teacher, batch) -> (state, output). Donates the state.
 
-    Features are those of the batch if it has any, otherwise the target's; with `keep_features`
-    they are rounded to float16 first, so both ways train on the same numbers.
+    Features are those of the batch if it has any, otherwise the target's; a run that keeps them
+    rounds them to float16 first, so both ways train on the same numbers.
+
+    Args:
+      jit_options: further arguments of `jax.jit`, such as `out_shardings`.
     """
 
-    @functools.partial(jax.jit, donate_argnums=0)
-    def train_step(state: TrainState, target: Target, batch: Batch):
-        dtype = jnp.dtype(target.config.dtype)
-        features_BTF = batch.features
-        if features_BTF is None:
-            features_BTF = target_features(target, batch)
-            if config.keep_features:
-                features_BTF = features_BTF.astype(jnp.float16)
-
-        def loss_of(params):
-            draft = make_draft(params, state)
-            truth_BTF = features_BTF.astype(dtype)
-            x_BTD = draft_outputs(draft, target, batch, truth_BTF)
-            head = draft.bind_head(target)
-            return distillation_loss(
-                x_BTD, truth_BTF, batch.weight, head, ce_weight=config.ce_weight
-            )
-
-        gradients, metrics = jax.grad(loss_of, has_aux=True)(state.params)
-        state = _updated(state, gradients, optimizer, config.ema)
-        return state, metrics, features_BTF
+    @functools.partial(jax.jit, donate_argnums=0, **jit_options)
+    def train_step(state: TrainState, teacher: Teacher, batch: Batch):
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+        gradients, metrics, features = accumulated_gradients(config, state, teacher, batch, key)
+        norm = optax.tree.norm(gradients)
+        metrics["gradient_norm"] = Mean(norm, jnp.ones_like(norm))
+        finite = jnp.isfinite(norm) & jnp.all(jnp.isfinite(metrics["loss"].sum))
+        good = finite & (state.failed == RUNNING)
+        updated = _updated(state, gradients, optimizer, config.optimizer.ema)
+        kept = jax.tree.map(lambda new, old: jnp.where(good, new, old), updated, state)
+        failed = jnp.where(finite | (state.failed != RUNNING), state.failed, state.step)
+        return kept.replace(failed=failed), StepOutput(metrics, failed, features)
 
     return train_step
+
+
+def accumulated_gradients(
+    config: TrainConfig, state: TrainState, teacher: Teacher, batch: Batch, key: jax.Array
+) -> tuple[Any, dict[str, Mean], jax.Array]:
+    """Gradients of the whole batch's mean loss, part by part; metrics; features to keep."""
+    num_parts = config.optimizer.accumulate
+    weight_BTJ = pass_weights(config, batch)
+    count_J = jnp.sum(weight_BTJ, axis=(0, 1))
+    scale_J = 1.0 / jnp.maximum(count_J, 1e-6)
+
+    def of_part(batch, key):
+        teaching = _teaching(config, state, teacher, batch)
+
+        def loss_of(params):
+            return _loss(config, params, state, teacher.base, batch, teaching, scale_J, key)
+
+        gradients, metrics = jax.grad(loss_of, has_aux=True)(state.params)
+        return (gradients, metrics), pack_teaching(state.config, teaching)
+
+    if num_parts == 1:
+        (gradients, metrics), features = of_part(batch, key)
+        return gradients, metrics, features
+
+    def split(x):  # row b is in part b % parts: a batch that is cut over devices stays so
+        return jnp.moveaxis(jnp.reshape(x, (-1, num_parts, *x.shape[1:])), 1, 0)
+
+    def step(sums, part):
+        more, features = of_part(*part)
+        return jax.tree.map(jnp.add, sums, more), features
+
+    parts = jax.tree.map(split, batch), jax.random.split(key, num_parts)
+    shapes, _ = jax.eval_shape(of_part, *jax.tree.map(lambda x: x[0], parts))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    (gradients, metrics), features = jax.lax.scan(step, zeros, parts)
+    joined = jnp.moveaxis(features, 0, 1)
+    return gradients, metrics, jnp.reshape(joined, (-1, *joined.shape[2:]))
+
+
+def pass_weights(config: TrainConfig, batch: Batch) -> Float[Array, "B T J"]:
+    """Loss weights of each unrolled pass: pass j needs j + 1 tokens before its row."""
+    deep_enough = batch.position[:, :, None] > jnp.arange(config.loss.unroll)[None, None]
+    return jnp.where(deep_enough, batch.weight[:, :, None], 0.0)
+
+
+def _teaching(config: TrainConfig, state: TrainState, teacher: Teacher, batch: Batch) -> Teaching:
+    """The target's features, kept or computed."""
+    dtype = jnp.dtype(teacher.base.config.dtype)
+    if batch.features is not None:
+        return unpack_teaching(state.config, batch.features.astype(dtype))
+    teaching = teacher(batch.text, state.config.taps)
+    if config.data.keep_features_gb:
+        teaching = Teaching(*(x.astype(jnp.float16).astype(dtype) for x in teaching))
+    return teaching
+
+
+def _loss(
+    config: TrainConfig, params, state: TrainState, base: Target, batch: Batch, teaching: Teaching,
+    scale_J, key,
+) -> tuple[jax.Array, dict[str, Mean]]:  # fmt: skip
+    """The loss of one part of a batch; a sum that `scale_J` makes a mean over the whole batch."""
+    draft = make_draft(params, state)
+    features_BTF = teaching.features
+    if width := config.loss.feature_noise:
+        noise = jax.random.uniform(key, features_BTF.shape, features_BTF.dtype, -width, width)
+        features_BTF = features_BTF + noise
+    passes = unroll(draft, base, batch.text, features_BTF, config.loss.unroll, remat=config.remat)
+    positions = Positions(
+        state=jnp.stack([p.state for p in passes], axis=2),
+        feature=None if config.loss.feature == "none" else teaching.features,
+        teacher=teaching.x,
+        weight=pass_weights(config, batch),
+    )
+    cut = draft.cut_head(base)
+    head_params, heads = {}, Heads(Partial(_fixed_head, cut), cut)
+    if draft.config.own_head:
+        head_params = {name: draft.params[name] for name in ("norm", "lm_head")}
+        heads = Heads(Partial(_own_head, draft.replace(params=None), base), cut)
+    return distillation_loss(config.loss, head_params, positions, heads, scale_J)
+
+
+def _fixed_head(head, params, x):
+    return head(x)
+
+
+def _own_head(draft: Draft, target: Target, params, x):
+    return draft.replace(params=params).bind_head(target)(x)
 
 
 def _updated(state: TrainState, gradients: Any, optimizer, ema: float | None) -> TrainState:

@@ -1,25 +1,27 @@
 """EAGLE draft folders: config.json and model.safetensors under the names of EAGLE files.
 
-Our own folders hold the whole `DraftConfig` in config.json and, with a reduced vocabulary, d2t: the
-target id of draft id j is j + d2t[j]. Official EAGLE-1 folders have a plain Llama config and say
-the rest by their tensors: no norm in front of the first layer, none behind the last, a bias of the
-FC or not.
+Our own folders hold the whole `DraftConfig` in config.json ("eagle") and, with a reduced
+vocabulary, d2t: the target id of draft id j is j + d2t[j]. Folders of others say what they are by
+their tensors and by the fields that their own readers look at (`eagle_llama`, `eagle3`); `profiles`
+writes those.
 """
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..config import DraftConfig, LlamaConfig
+from ..config import ConfigError, DraftConfig
 from ..draft import Draft
+from ..llama import Target
+from . import eagle3, eagle_llama
 from .files import read_json, write_json, write_safetensors
-from .hf import SINGLE, read_folder
+from .hf import INDEX, SINGLE, read_folder
 from .mapping import (
-    CheckpointError,
+    Entry,
     Tensor,
     check_tensors,
     draft_entries,
@@ -29,59 +31,77 @@ from .mapping import (
 )
 
 
-def load(folder: Path, *, dtype: str) -> Draft:
-    """Reads a draft folder.
+def load(
+    folder: Path, *, dtype: str, target: Target | None = None, numbering: str | None = None
+) -> Draft:
+    """Reads a draft folder of any form.
+
+    Args:
+      target: what the draft is for; None: not known, which a few EAGLE-3 folders do not allow.
+      numbering: how an EAGLE-3 folder numbers the tapped layers, "enter" or "output"; None: by
+        where it names them.
 
     Raises:
       CheckpointError: a file or a tensor is missing, truncated, left over or of the wrong shape,
-        or the folder holds another kind of draft.
+        or the folder holds no draft.
       ConfigError: config.json cannot be used.
     """
     fields = read_json(folder / "config.json")
+    is_own = "eagle" in fields
     tensors = read_folder(folder)
-    config = _config(fields, tensors, folder, dtype)
-    entries = draft_entries(config)
+    if not is_own and eagle3.is_eagle3(fields, tensors):
+        config = eagle3.read_config(
+            fields, tensors, dtype=dtype, target=target, numbering=numbering
+        )
+        entries = eagle3.entries_of(config, eagle3.first_layer_of(tensors))
+        return _draft(config, entries, tensors, folder, eagle3.MAY_HOLD)
+    if numbering is not None:
+        raise ConfigError(f"numbering {numbering}: a choice for EAGLE-3 folders of other programs")
+    if is_own:
+        config, ignored = DraftConfig.from_dict(fields, dtype=dtype), ()
+    else:
+        config = eagle_llama.read_config(fields, tensors, folder, dtype=dtype)
+        ignored = eagle_llama.MAY_HOLD
+    return _draft(config, draft_entries(config), tensors, folder, ignored)
+
+
+def _draft(
+    config: DraftConfig,
+    entries: list[Entry],
+    tensors: Mapping[str, Tensor],
+    folder: Path,
+    ignored: tuple[str, ...],
+) -> Draft:
+    """The draft, if its tensors are those that the config calls for."""
     expected = file_shapes(entries)
-    if config.draft_vocab_size is not None:
-        expected["d2t"] = (config.draft_vocab_size,)
-    # Official files may repeat the target's embedding; the draft uses the target's own.
-    ignored = [] if "eagle" in fields else ["embed_tokens.weight"]
+    num_tokens, ids_U = config.draft_vocab_size, None
+    if num_tokens is not None:
+        expected["d2t"] = (num_tokens,)
     check_tensors(expected, tensors, folder, ignored=ignored)
-    params = to_params(entries, tensors, dtype=dtype)
-    draft_to_target = _target_ids(tensors["d2t"].read()) if "d2t" in expected else None
-    return Draft(params=params, draft_to_target=draft_to_target, config=config)
+    if num_tokens is not None:
+        ids_U = (np.arange(num_tokens) + tensors["d2t"].read()).astype(np.int32)
+    if "t2d" in tensors:
+        eagle3.check_flags(tensors["t2d"], ids_U, config.layer.vocab_size)
+    params = to_params(entries, tensors, dtype=config.layer.dtype)
+    mapping = None if ids_U is None else jnp.asarray(ids_U)
+    return Draft(params=params, draft_to_target=mapping, config=config)
 
 
 def save(draft: Draft, folder: str | os.PathLike) -> None:
-    """Writes a folder that `load` reads back bit-equal."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    """Writes a folder of our own form, which `load` reads back bit-equal."""
     tensors = to_tensors(draft_entries(draft.config), draft.params)
     if draft.draft_to_target is not None:
-        ids = np.asarray(draft.draft_to_target, np.int64)
-        tensors["d2t"] = ids - np.arange(len(ids), dtype=np.int64)
+        tensors["d2t"] = eagle3.offsets(draft.draft_to_target)
+    write_folder(folder, draft.config.to_dict(), tensors)
+
+
+def write_folder(
+    folder: str | os.PathLike, fields: Mapping[str, Any], tensors: Mapping[str, np.ndarray]
+) -> Path:
+    """Writes config.json and model.safetensors; the folder."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     write_safetensors(folder / SINGLE, tensors)
-    write_json(folder / "config.json", draft.config.to_dict())
-
-
-def _config(
-    fields: dict[str, Any], tensors: dict[str, Tensor], folder: Path, dtype: str
-) -> DraftConfig:
-    if "eagle" in fields:
-        return DraftConfig.from_dict(fields, dtype=dtype)
-    if any(name.startswith("midlayer.") for name in tensors):
-        raise CheckpointError(f"{folder}: an EAGLE-3 draft, expected an EAGLE-1 or EAGLE-2 draft")
-    if "fc.weight" not in tensors:
-        raise CheckpointError(f"{folder}: not an EAGLE draft: tensor fc.weight is missing")
-    layer = LlamaConfig.from_hf(fields, dtype=dtype)
-    return DraftConfig(
-        layer=layer,
-        feature_width=layer.hidden_size,
-        input_norm=False,
-        output_norm=False,
-        fc_bias="fc.bias" in tensors,
-    )
-
-
-def _target_ids(offsets: np.ndarray) -> jax.Array:
-    return jnp.asarray((np.arange(len(offsets)) + offsets).astype(np.int32))
+    (folder / INDEX).unlink(missing_ok=True)
+    write_json(folder / "config.json", fields)
+    return folder

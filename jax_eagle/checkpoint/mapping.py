@@ -2,13 +2,15 @@
 
 An `Entry` ties a Hugging Face tensor name to a path in the parameter tree. Files store linear maps
 as [out, in], we store kernels as [in..., out...]: so a "kernel" is transposed and then takes its
-parameter shape, anything else is only reshaped. Both directions follow from the entry alone, hence
+parameter shape, anything else is only reshaped. Files of Llama 4 rotate pairs (2i, 2i+1) of a head,
+we always rotate (i, i + H/2): so queries and keys are reordered within each head, which no dot
+product and no norm over a head can tell. Both directions follow from the entry alone, hence
 loading, saving and the name translation of GGUF share this one table.
 """
 
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,8 @@ class Entry:
     shape: tuple[int, ...]
     num_inputs: int = 0
     """Leading axes of a kernel that are contracted; 0: not a kernel."""
+    interleaved: bool = False
+    """The file has rotary pairs side by side in each head."""
 
     @property
     def name(self) -> str:
@@ -62,13 +66,22 @@ class Entry:
 
     def to_param(self, array: np.ndarray) -> np.ndarray:
         """From the layout of the file to that of the parameter tree."""
-        return np.reshape(array.T if self.num_inputs else array, self.shape)
+        array = np.reshape(array.T if self.num_inputs else array, self.shape)
+        return _swap_pairs(array, -1, 2) if self.interleaved else array
 
     def to_file(self, array: np.ndarray) -> np.ndarray:
         """The inverse of `to_param`."""
+        if self.interleaved:
+            array = _swap_pairs(array, 2, -1)
         if not self.num_inputs:
             return np.reshape(array, self.file_shape)
         return np.ascontiguousarray(np.reshape(array, self.file_shape[::-1]).T)
+
+
+def _swap_pairs(array: np.ndarray, rows: int, columns: int) -> np.ndarray:
+    """The last axis as a matrix of this shape, transposed: (-1, 2) parts pairs, (2, -1) joins."""
+    matrix = np.reshape(array, (*array.shape[:-1], rows, columns))
+    return np.reshape(np.swapaxes(matrix, -1, -2), array.shape)
 
 
 def linear(
@@ -77,10 +90,12 @@ def linear(
     inputs: tuple[int, ...],
     outputs: tuple[int, ...],
     bias: bool,
+    *,
+    interleaved: bool = False,
 ) -> list[Entry]:
     """The entries of a linear map: kernel [in..., out...] and, if it has one, bias [out...]."""
-    entries = [Entry(module, (*path, "kernel"), inputs + outputs, len(inputs))]
-    return entries + [Entry(module, (*path, "bias"), outputs)] if bias else entries
+    kernel = Entry(module, (*path, "kernel"), inputs + outputs, len(inputs), interleaved)
+    return [kernel, Entry(module, (*path, "bias"), outputs, 0, interleaved)] if bias else [kernel]
 
 
 def layer_entries(
@@ -98,9 +113,13 @@ def layer_entries(
         ("q", (D,), (N, H)), ("k", (D,), (K, H)), ("v", (D,), (K, H)), ("o", (N, H), (D,)),
     ):  # fmt: skip
         at = f"{module}.self_attn.{name}_proj"
-        entries += linear(at, (*path, "attention", name), inputs, outputs, c.attention_bias)
+        entries += linear(
+            at, (*path, "attention", name), inputs, outputs, c.attention_bias,
+            interleaved=c.llama4 is not None and name in "qk",
+        )  # fmt: skip
+    mlp = "mlp" if c.llama4 is None else "feed_forward"
     for name, inputs, outputs in (("gate", (D,), (F,)), ("up", (D,), (F,)), ("down", (F,), (D,))):
-        at = f"{module}.mlp.{name}_proj"
+        at = f"{module}.{mlp}.{name}_proj"
         entries += linear(at, (*path, "mlp", name), inputs, outputs, c.mlp_bias)
     return entries
 
@@ -118,14 +137,42 @@ def target_entries(config: LlamaConfig) -> list[Entry]:
 
 
 def draft_entries(config: DraftConfig) -> list[Entry]:
-    """Every parameter of an EAGLE draft, under the names that EAGLE files use."""
-    D = config.layer.hidden_size
-    entries = linear("fc", ("fc",), (D + config.feature_width,), (D,), config.fc_bias)
-    for i in range(config.layer.num_layers):
-        norm = config.input_norm or i > 0
-        entries += layer_entries(config.layer, i, "", attention_norm=norm)
-    if config.output_norm:
+    """Every parameter of a draft, under the names that EAGLE and EAGLE-3 files use."""
+    c, layer = config, config.layer
+    D, V = layer.hidden_size, layer.vocab_size
+    num_inputs = c.feature_width if c.is_eagle3 else D + c.feature_width
+    entries = linear("fc", ("fc",), (num_inputs,), (D,), c.fc_bias)
+    if c.feature_norm == "joint":
+        entries.append(Entry("input_norm", ("feature_norm", "scale"), (c.feature_width,)))
+    elif c.feature_norm == "each":
+        shape = (c.feature_width // len(c.taps),)
+        for i in range(len(c.taps)):
+            entries.append(Entry(f"fc_norm.{i}", (f"feature_norms_{i}", "scale"), shape))
+    if c.is_eagle3:
+        entries += _first_eagle3_layer(layer)
+    else:
+        entries += layer_entries(layer, 0, "", attention_norm=c.input_norm)
+    for i in range(1, layer.num_layers):
+        entries += layer_entries(layer, i, "")
+    if c.is_eagle3 or c.output_norm:
         entries.append(Entry("norm", ("norm", "scale"), (D,)))
+    if c.own_embedding:
+        entries.append(Entry("embed_tokens", ("embed", "embedding"), (V, D)))
+    if c.own_head:
+        entries += linear("lm_head", ("lm_head",), (D,), (c.draft_vocab_size or V,), bias=False)
+    return entries
+
+
+def _first_eagle3_layer(config: LlamaConfig) -> list[Entry]:
+    """The layer whose queries, keys and values read (normed embedding, normed state)."""
+    D, module = config.hidden_size, "midlayer"
+    entries = [Entry(f"{module}.hidden_norm", ("layers_0", "hidden_norm", "scale"), (D,))]
+    for entry in layer_entries(config, 0, ""):
+        shape = entry.shape
+        if entry.num_inputs and entry.path[-2] in ("q", "k", "v"):
+            shape = (2 * D, *shape[1:])
+        name = module + entry.module.removeprefix("layers.0")
+        entries.append(replace(entry, module=name, shape=shape))
     return entries
 
 

@@ -36,7 +36,7 @@ def tree_attention(
     Pass 1 reads the prefix pages with no mask but length; pass 2 reads the X tree keys under
     `tree_mask_BMX`; the two are merged exactly by log-sum-exp.
 
-    Only the forward: no gradient is defined.
+    Only the reference has a gradient.
 
     Args:
       q_BMNH: queries, RoPE applied. They belong to the last M of the X tree keys.

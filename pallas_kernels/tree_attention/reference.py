@@ -16,6 +16,8 @@ from .inputs import Inputs
 
 _BLOCK_SLOTS = 256
 """Slots of the prefix that one block reads."""
+_BLOCK_NODES = 128
+"""Nodes whose scores over the tree exist at the same time."""
 _LOWEST = float(jnp.finfo(jnp.float32).min)
 """Maximum of a row that sees nothing: finite, so that its weights are exp(-inf) = 0, not NaN."""
 
@@ -34,13 +36,13 @@ def tree_attention_reference(inputs: Inputs, *, scale: float, interpret: bool = 
     if tree_mask_BMX is None:
         X = k_tree_BXKH.shape[1]
         tree_mask_BMX = (jnp.arange(X)[None, :] <= jnp.arange(M)[:, None] + X - M)[None]
-    mask_BQX = jnp.repeat(tree_mask_BMX, G, axis=1)
     used_BX = jnp.any(tree_mask_BMX, axis=1)
-    tree = _softmax_pass(
+    tree = _tree_pass(
         q_BKQH,
         rearrange(k_tree_BXKH, "b x k h -> b k x h"),
         _clear(rearrange(v_tree_BXKH, "b x k h -> b k x h"), used_BX),
-        mask_BQX,
+        tree_mask_BMX,
+        group=G,
     )
     if inputs.page_table_BR.shape[1]:
         prefix = _prefix_pass(q_BKQH, *pages, first_BM, scales=(k_scale, v_scale), group=G)
@@ -49,6 +51,31 @@ def tree_attention_reference(inputs: Inputs, *, scale: float, interpret: bool = 
     nothing_BKQ1 = total_BKQ1 == 0  # a node that sees no key: zeros
     out_BKQH = (out_BKQH / jnp.where(nothing_BKQ1, 1.0, total_BKQ1)).astype(dtype)
     return rearrange(out_BKQH, "b k (m g) h -> b m (k g) h", m=M)
+
+
+def _tree_pass(q_BKQH, k_BKXH, v_BKXH, mask_BMX, *, group):
+    """Pass 2: all nodes against the tree's own keys.
+
+    Long texts go block by block of nodes, and a backward pass computes each block again: memory is
+    linear in the length, in training as well.
+    """
+
+    def block(part):
+        q_BKQH, mask_BMX = part
+        return _softmax_pass(q_BKQH, k_BKXH, v_BKXH, jnp.repeat(mask_BMX, group, axis=1))
+
+    M = mask_BMX.shape[1]
+    if M <= _BLOCK_NODES:
+        return block((q_BKQH, mask_BMX))
+
+    def split(x, axis, size):  # [blocks, ..., size, ...]
+        x = jnp.pad(x, [(0, -x.shape[i] % size if i == axis else 0) for i in range(x.ndim)])
+        x = jnp.reshape(x, (*x.shape[:axis], -1, size, *x.shape[axis + 1 :]))
+        return jnp.moveaxis(x, axis, 0)
+
+    parts = split(q_BKQH, 2, _BLOCK_NODES * group), split(mask_BMX, 1, _BLOCK_NODES)
+    blocks = jax.lax.map(jax.checkpoint(block, prevent_cse=False), parts)
+    return tuple(rearrange(x, "n b k q h -> b k (n q) h")[:, :, : M * group] for x in blocks)
 
 
 def _prefix_pass(

