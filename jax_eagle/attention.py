@@ -119,7 +119,8 @@ class Attention(nn.Module):
             implementation=self.backend.attention,
             interpret=self.backend.interpret,
         )
-        if self.backend.mesh is not None:
+        # XLA cuts the reference by itself; what it cannot see into runs on each device.
+        if self.backend.mesh is not None and self.backend.attention != "reference":
             attend = _over_heads(attend, self.backend.mesh)
         return attend(q_BMNH, k_tree, v_tree, *pages, length_B, view.mask, first_BM=view.first)
 

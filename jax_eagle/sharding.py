@@ -51,7 +51,13 @@ class Backend:
 
     def by_batch(self, x: Float[Array, "B ..."]) -> jax.Array:
         """x, cut along its leading axis at most."""
-        return self.shard(x, "batch")
+        return self.shard(x, self._batch_axis(x))
+
+    def _batch_axis(self, x: jax.Array) -> str | None:
+        """ "batch" if the leading axis divides over the mesh: the last prompts may not."""
+        sizes = {} if self.mesh is None else self.mesh.shape
+        count = sizes.get(DATA, 1) * sizes.get(FSDP, 1)
+        return "batch" if x.ndim > 1 and x.shape[0] % count == 0 else None
 
     def lookup(self, table_VD: jax.Array, tokens: jax.Array) -> jax.Array:
         """Rows of a table that is cut along the vocabulary: each device adds the rows it has.
@@ -67,7 +73,7 @@ class Backend:
             found = jnp.take(table_VD, jnp.where(here, row, 0), axis=0)
             return jax.lax.psum(jnp.where(here[..., None], found, jnp.zeros_like(found)), TENSOR)
 
-        by_batch = named_sharding(self.mesh, "batch").spec if tokens.ndim > 1 else P()
+        by_batch = named_sharding(self.mesh, self._batch_axis(tokens)).spec
         specs = P(TENSOR, None), by_batch
         return jax.shard_map(rows, mesh=self.mesh, in_specs=specs, out_specs=by_batch)(
             table_VD, tokens

@@ -43,11 +43,11 @@ def make_config(*, draft: DraftSettings, loss: LossConfig, **optimizer) -> Train
     )
 
 
-def make_batch(seed: int = 0) -> Batch:
+def make_batch(seed: int = 0, rows: int = ROWS) -> Batch:
     """Rows of three segments, each of tokens that follow each other by a rule, and padding."""
     rng = np.random.default_rng(seed)
-    tokens, segment, position = np.zeros((3, ROWS, LENGTH), np.int32)
-    for row in range(ROWS):
+    tokens, segment, position = np.zeros((3, rows, LENGTH), np.int32)
+    for row in range(rows):
         begin = 0
         for number in range(1, 4):
             size = min(int(rng.integers(8, 15)), LENGTH - begin)

@@ -29,7 +29,7 @@ from pallas_kernels.aot import compile_for_h100, h100_mesh, has_plugin
 
 from . import init
 from .config import TrainConfig
-from .step import Batch, StepOutput, TrainState, make_optimizer, make_train_step
+from .step import Batch, TrainState, make_optimizer, make_train_step, step_shardings
 from .teacher import Teacher
 from .throughput import step_flops
 
@@ -202,12 +202,10 @@ def step_memory(
 ) -> StepMemory:
     """Compiles the step that runs the target, and reads XLA's memory analysis."""
     mesh = place.mesh
-    at = init.state_shardings(state, optimizer, mesh)
-    whole: Any = named_sharding(mesh)
-    features: Any = named_sharding(mesh, "batch")
-    outputs = at, StepOutput(whole, whole, features)
-    train_step: Any = make_train_step(config, optimizer, out_shardings=outputs)
-    lowered = train_step.lower(_lying(state, at), teacher, _abstract_batch(config, place))
+    state = _lying(state, init.state_shardings(state, optimizer, mesh))
+    shardings = step_shardings(state, mesh)
+    train_step: Any = make_train_step(config, optimizer, out_shardings=shardings)
+    lowered = train_step.lower(state, teacher, _abstract_batch(config, place))
     compiled = compile_for_h100(lowered).compiled if place.described else lowered.compile()
     memory: Any = compiled.memory_analysis()
     return StepMemory(

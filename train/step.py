@@ -21,11 +21,13 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
+from jax.sharding import Mesh
 from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int, UInt32
 
 from jax_eagle import Draft, Target
 from jax_eagle.config import DraftConfig
+from jax_eagle.sharding import named_sharding
 from jax_eagle.unroll import Text, unroll
 
 from .config import TrainConfig
@@ -160,6 +162,13 @@ def make_train_step(
         return kept.replace(failed=failed), StepOutput(metrics, failed, features)
 
     return train_step
+
+
+def step_shardings(state: TrainState, mesh: Mesh) -> tuple[TrainState, StepOutput]:
+    """Where a step leaves its results: the state as it lies, what the host reads everywhere."""
+    whole: Any = named_sharding(mesh)
+    by_batch: Any = named_sharding(mesh, "batch")
+    return jax.tree.map(lambda x: x.sharding, state), StepOutput(whole, whole, by_batch)
 
 
 def accumulated_gradients(

@@ -40,6 +40,7 @@ from .step import (
     make_optimizer,
     make_train_step,
     pack_teaching,
+    step_shardings,
 )
 from .stopping import StopSignal
 from .teacher import Teacher
@@ -224,14 +225,8 @@ class Trainer:
         )
 
     def _jit_options(self) -> dict[str, Any]:
-        """States stay where they are; what the host reads is whole everywhere."""
         mesh = self.target.backend.mesh
-        if mesh is None:
-            return {}
-        state = jax.tree.map(lambda x: x.sharding, self._sharded(self.state))
-        whole = named_sharding(mesh)
-        output: Any = (whole, whole, named_sharding(mesh, "batch"))
-        return {"out_shardings": (state, StepOutput(*output))}
+        return {} if mesh is None else {"out_shardings": step_shardings(self.state, mesh)}
 
     def _feature_store(self) -> FeatureStore | None:
         data, draft = self.config.data, self.state.config
