@@ -6,7 +6,7 @@
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo serve test check aot bench clean
+.PHONY: help demo serve demo-data train test check aot bench clean
 
 # A name on the PATH may be a stub that fails, or a Python that cannot make environments: try it.
 USABLE := import ensurepip, sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))
@@ -20,19 +20,32 @@ endif
 
 BIN := $(VENV)/bin
 RUN := $(VENV)/.installed
+TRAIN := $(VENV)/.installed-train
 DEV := $(VENV)/.installed-dev
 # The CUDA plugin in a folder of its own: found by itself it would look for a driver at every start.
 AOT := $(VENV)/aot
+CONFIG := configs/smollm2_eagle_cpu.yaml
+# Permissive text to train on: of packages that the trainer brings in any case.
+PACKAGES := numpy,scipy,jax,flax,optax,orbax-checkpoint,einops,jinja2,typer,rich,grain,matplotlib
 INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 demo: $(RUN) ## fetch a model and answer prompts with tree speculation
 	@$(BIN)/jax-eagle demo $(ARGS)
 
 serve: $(RUN) ## serve a model over HTTP, as OpenAI's API does (ARGS="--help" lists the flags)
 	@$(BIN)/python -m serve.server $(ARGS)
+
+demo-data: $(TRAIN) ## make the data that `make train` takes; started again, it goes on
+	@$(BIN)/python -m train.library_text --packages $(PACKAGES) \
+	--text-out runs/data/library_text.jsonl --chat-out runs/data/library_chat.jsonl
+	@$(BIN)/python -m train.prompts --packages $(PACKAGES) --count 5000 --out runs/data/prompts.jsonl
+	@$(BIN)/python -m train.regenerate --prompts runs/data/prompts.jsonl --out runs/data/dialogues.jsonl
+
+train: $(TRAIN) ## train a draft (CONFIG=configs/X.yaml, ARGS="--resume")
+	@$(BIN)/python -m train.train --config $(CONFIG) $(ARGS)
 
 test: $(DEV) ## run the test suite
 	@$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
@@ -68,10 +81,15 @@ $(RUN): pyproject.toml | $(BIN)/pip
 	@$(INSTALL) --editable '.[serve]'
 	@touch $@
 
+$(TRAIN): pyproject.toml | $(BIN)/pip
+	@echo "Installing jax-eagle and its trainer into $(VENV) (about a minute)"
+	@$(INSTALL) --editable '.[train]'
+	@touch $@
+
 $(DEV): pyproject.toml | $(BIN)/pip
 	@echo "Installing jax-eagle and its development tools into $(VENV) (about a minute)"
 	@$(INSTALL) --editable '.[dev]'
-	@touch $(RUN) $@
+	@touch $(RUN) $(TRAIN) $@
 
 $(AOT)/.installed: $(DEV)
 	@echo "Installing the CUDA plugin into $(AOT) (half a minute)"

@@ -1,1 +1,4 @@
-"""Online distillation of EAGLE drafts. Run from the checkout's root: `python -m train.train`."""
+"""Distillation of EAGLE and EAGLE-3 drafts from their frozen target.
+
+Run from the root of the checkout: `python -m train.train`. Start reading at `trainer.py`.
+"""
