@@ -189,6 +189,13 @@ def inspect(
     target: Annotated[
         str | None, typer.Option(help="Check that the draft fits this target.")
     ] = None,
+    read_numbering: Annotated[
+        str | None,
+        typer.Option(
+            help="How an EAGLE-3 draft numbers the layers it taps, where its config misleads: "
+            "enter or output."
+        ),
+    ] = None,
     smoke: Annotated[
         bool, typer.Option(help="With --target: decode a few prompts and tell the acceptance.")
     ] = True,
@@ -197,7 +204,8 @@ def inspect(
 
     With a target, also the acceptance length of the draft on a few prompts.
     """
-    for line in describe(name, target=load_target(target) if target else None, smoke=smoke):
+    fitted = load_target(target) if target else None
+    for line in describe(name, target=fitted, numbering=read_numbering, smoke=smoke):
         print(line)
 
 

@@ -12,23 +12,26 @@ import jax.numpy as jnp
 
 from . import bench, hub
 from .acceptance import CONVENTION, decode_acceptance
-from .checkpoint import eagle, hf, orbax
+from .checkpoint import hf, orbax
 from .checkpoint.files import read_json
 from .config import ConfigError, DraftConfig, LlamaConfig
 from .demo import chat_prompt
 from .draft import Draft
 from .llama import Target
-from .load import check_fit, dtype_name, load_target
+from .load import dtype_name, load_draft, load_target, read_draft
 from .prefill import PAGE_SIZE
 
 SMOKE_TREE, SMOKE_PROMPTS, SMOKE_TOKENS = "chain:3", 4, 32
 
 
-def inspect(name: str, *, target: Target | None = None, smoke: bool = True) -> Iterator[str]:
+def inspect(
+    name: str, *, target: Target | None = None, numbering: str | None = None, smoke: bool = True
+) -> Iterator[str]:
     """Describes a target or a draft, line by line, after loading it whole.
 
     Args:
       target: what a draft has to fit; None: not checked.
+      numbering: of the layers that an EAGLE-3 folder taps, as in `load_draft`.
       smoke: decode a little with draft and target, enough to tell a good draft from a broken one.
 
     Raises:
@@ -36,14 +39,16 @@ def inspect(name: str, *, target: Target | None = None, smoke: bool = True) -> I
     """
     path = hub.resolve(name)
     if not is_draft(path):
-        if target is not None:
-            raise ConfigError(f"{name} is a target, expected a draft to compare with one")
+        if target is not None or numbering is not None:
+            raise ConfigError(
+                f"{name} is a target, expected a draft: only those have a target to tap"
+            )
         yield from _target_lines(path, load_target(path))
         return
-    load = orbax.load_draft if orbax.is_orbax(path) else eagle.load
-    draft = load(path, dtype=dtype_name(None))
-    if target is not None:
-        check_fit(draft, target, str(path))
+    if target is None:
+        draft = read_draft(path, dtype=dtype_name(), numbering=numbering)
+    else:
+        draft = load_draft(path, target, numbering=numbering)
     yield from _draft_lines(path, draft, fits=target is not None)
     if target is not None and smoke:
         yield smoke_acceptance(target, draft)

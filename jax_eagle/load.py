@@ -1,6 +1,7 @@
 """`load_target` and `load_draft`: a name or a path to a model that is ready to run."""
 
 import functools
+import itertools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -102,17 +103,22 @@ def _read(load: Callable[..., Any], path: Path, dtype: str) -> Any:
         raise ConfigError(f"{path}: {error}") from None
 
 
+def taps_fit(taps: tuple[int, ...], num_layers: int) -> bool:
+    """Whether tapped layers are distinct ones of a target, low to high; none fit every target."""
+    return all(low < high for low, high in itertools.pairwise((-1, *taps, num_layers)))
+
+
 def check_fit(draft: Draft, target: Target, source: str) -> None:
-    """Raises CheckpointError unless widths and vocabulary of the draft are the target's."""
+    """Raises CheckpointError unless widths, vocabulary and taps of the draft are the target's."""
     own, its = draft.config, target.config
     widths = [("feature width", own.feature_width, its.hidden_size * max(1, len(own.taps)))]
     if not (own.own_embedding and own.own_head):
         widths.append(("hidden size", own.layer.hidden_size, its.hidden_size))
     widths.append(("vocabulary size", own.layer.vocab_size, its.vocab_size))
-    if own.taps and not 0 <= own.taps[0] <= own.taps[-1] < its.num_layers:
+    if not taps_fit(own.taps, its.num_layers):
         raise CheckpointError(
             f"{source}: a draft of another target: it taps layers {own.taps}, "
-            f"this target has {its.num_layers}"
+            f"this target has {its.num_layers} (expected distinct ones, low to high, from 0)"
         )
     for what, given, expected in widths:
         if given != expected:

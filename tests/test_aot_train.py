@@ -14,12 +14,12 @@ from train import init
 from train.config import DraftSettings, LossConfig, MeshConfig, TrainConfig, load_config
 from train.plan import (
     StepMemory,
-    abstract_state,
     abstract_teacher,
     find_place,
     step_memory,
     target_config,
 )
+from train.start import empty_state
 from train.step import make_optimizer
 
 pytestmark = pytest.mark.aot
@@ -36,7 +36,7 @@ def compile_step(config: TrainConfig) -> tuple[StepMemory, int]:
     """(memory of each device, bytes of a state over all devices)."""
     place, target = find_place(config, "h100"), shape_of_8b()
     optimizer = make_optimizer(config, 100)
-    state = abstract_state(config, init.draft_config(config.draft, target), optimizer)
+    state = empty_state(config, init.draft_config(config.draft, target), optimizer)
     memory = step_memory(config, place, optimizer, state, abstract_teacher(target, place))
     return memory, sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
 

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import safetensors.numpy
 from rich.console import Console
 
 from jax_eagle import Draft, Target, bench, cli, generate, load_draft, load_target, terminal
-from jax_eagle.checkpoint import eagle, hf
+from jax_eagle.checkpoint import eagle, hf, profiles
 from jax_eagle.checkpoint.mapping import draft_entries, nested, target_entries
 from jax_eagle.config import DraftConfig, LlamaConfig
 from jax_eagle.generate import RoundEvent
@@ -134,6 +135,32 @@ def test_inspect_target_and_draft(run):
     assert code == 0 and "not checked; needs hidden size 16" in text and "\nacceptance" not in text
 
 
+def test_inspect_eagle3_of_another_program(run, tmp_path):
+    """Only the target tells which layers are tapped, and that the stored embedding is its own."""
+    deep = dataclasses.replace(CONFIG, num_layers=8)
+    target = Target(random_params(target_entries(deep)), deep)
+    config = DraftConfig.eagle3_for_target(deep)
+    draft = Draft(random_params(draft_entries(config)), None, config)
+    hf.save(target, tmp_path / "target")
+    profiles.save(
+        draft, tmp_path / "draft", "eagle3", target=target, with_embedding=True, numbering="enter"
+    )
+    arguments = "inspect", tmp_path / "draft", "--target", tmp_path / "target"
+    _, text, _ = run(*arguments, "--no-smoke", "--read-numbering", "output")
+    assert "EAGLE-3, features from layers 3, 5, 6\n" in text
+    path = tmp_path / "draft" / "config.json"
+    fields = json.loads(path.read_text())
+    del fields["eagle_aux_hidden_state_layer_ids"]
+    path.write_text(json.dumps(fields))
+    code, text, _ = run(*arguments)
+    assert code == 0 and "EAGLE-3, features from layers 2, 4, 5\n" in text
+    assert re.search(r"own_embedding +False\n", text)
+    assert "fits (hidden size 16, vocabulary 260)" in text
+    code, _, err = run(*arguments[:2])
+    assert code == 2
+    assert_one_line(err, "load the draft with its target")
+
+
 def test_inspect_measures_a_draft_on_a_few_prompts(run, monkeypatch):
     monkeypatch.setattr(bench, "PROMPTS", ("Explain", "Write"))
     code, text, _ = run("inspect", "draft", "--target", "target")
@@ -202,6 +229,7 @@ BAD_OPTIONS = {
     "vocabulary": ((*ASKED, "--draft", "words"), "its vocabulary size is 9, this target needs 260"),
     "inspect width": (("inspect", "wide", "--target", "target"), "a draft of another target"),
     "two targets": (("inspect", "target", "--target", "target"), "target is a target, expected"),
+    "numbering": (("inspect", "target", "--read-numbering", "enter"), "expected a draft"),
     "target as draft": ((*ASKED, "--draft", "target"), "not an EAGLE draft"),
     "draft as target": ((*ASKED, "--model", "draft"), "unknown architecture EagleLlama"),
     "empty prompt": ((*GENERATE, "--prompt", " "), "the prompt is empty"),

@@ -8,11 +8,15 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import processors
 
 from jax_eagle.config import ConfigError
 from jax_eagle.prompts import prompts_of
-from tests.corpora import END, VOCAB, chat, chatml_tokenizer, write_lines
+from jax_eagle.tokenizer import Tokenizer
+from tests.corpora import CHATML, END, VOCAB, chat, chatml_tokenizer, write_lines
+from tests.serving import byte_tokenizer
 from train import corpus as corpus_module
+from train import corpus_build
 from train.config import DataConfig, Source
 from train.corpus import Corpus, build_corpus, draft_vocabulary
 from train.overlap import HeldOut
@@ -121,9 +125,14 @@ def test_a_corpus_holds_what_the_template_renders(tmp_path):
     assert [len(piece) for piece in pieces] == [128, 128, 44]
     assert corpus.source_S.tolist() == [0, 0, 1, 1, 1]
     begin, end = corpus.start_S[:2]
-    answer = corpus.tokens_N[begin:end][corpus.answer_N[begin:end]]
-    assert chatml_tokenizer().decode(answer.tolist()) == "hello<|im_end|>"
-    assert corpus.answer_N[corpus.start_S[2] :].all()
+    learnt = corpus.tokens_N[begin:end][corpus.learnt_N[begin:end]]
+    assert chatml_tokenizer().decode(learnt.tolist()) == "ello<|im_end|>"  # prefill gives the "h"
+    begin, end = corpus.start_S[1:3]
+    learnt = corpus.tokens_N[begin:end][corpus.learnt_N[begin:end]]
+    assert (
+        chatml_tokenizer().decode(learnt.tolist()) == "\ufffd<|im_end|><|im_end|>"
+    )  # of two bytes
+    assert corpus.learnt_N[corpus.start_S[2] :].all()
     assert corpus.num_tokens == corpus.start_S[-1] == corpus.length_S.sum()
     assert corpus.tokenizer_hash == chatml_tokenizer().fingerprint
 
@@ -141,12 +150,13 @@ def test_records_left_out_are_counted_and_said(tmp_path):
             chat("a<|im_end|>", "b"),
             chat("long", "b" * 200),
             chat("c" * 200, "b"),
+            chat("nothing", ""),
         ),
         held_out=(str(prompts),),
     )
     figures = corpus.figures[0]
     names = ("records", "segments", "duplicates", "overlapping", "control", "cut", "unanswered")
-    assert [figures[name] for name in names] == [7, 2, 1, 2, 1, 1, 1]
+    assert [figures[name] for name in names] == [8, 2, 1, 2, 1, 1, 2]
     assert [text[17:21] for text in texts(corpus)] == ["a<|i", "long"]
     said = "\n".join(corpus.summary())
     for what in ("repeat a held-out prompt", "special tokens", "were cut", "earlier one"):
@@ -177,7 +187,7 @@ def test_a_source_without_training_text_is_an_error(tmp_path):
     with pytest.raises(
         ConfigError, match=r"c\.jsonl: nothing to train on in 1 records \(1 segments"
     ):
-        build(tmp_path / "corpus", source, validation_share=1.0)
+        build(tmp_path / "corpus", source, validation_share=0.999)
 
 
 def test_a_second_start_uses_what_is_there(tmp_path):
@@ -199,6 +209,14 @@ def test_a_second_start_uses_what_is_there(tmp_path):
         assert json.loads((folder / "meta.json").read_text())["inputs"] != before
 
 
+def test_another_version_makes_another_corpus_of_the_same_files(tmp_path, monkeypatch):
+    source = chats(tmp_path / "c.jsonl", chat("a", "bc"))
+    first = build(tmp_path / "corpus", source)
+    monkeypatch.setattr(corpus_build, "VERSION", corpus_build.VERSION + 1)
+    again = build(tmp_path / "corpus", source)
+    assert texts(again) == texts(first) and again.fingerprint != first.fingerprint
+
+
 def test_validation_takes_groups_whole_wherever_they_stand(tmp_path):
     records = [chat(f"question {i % 60}", f"answer {i}") for i in range(240)]
     held_out = []
@@ -206,15 +224,62 @@ def test_validation_takes_groups_whole_wherever_they_stand(tmp_path):
         source = chats(tmp_path / "c.jsonl", *order)
         corpus = build(tmp_path / "corpus", source, validation_share=0.3)
         of_group = {}
-        for text, validation, group in zip(
-            texts(corpus), corpus.validation_S, corpus.group_S, strict=True
-        ):
+        for text, validation in zip(texts(corpus), corpus.validation_S, strict=True):
             question = text.split("<|im_end|>")[0]
-            assert of_group.setdefault(question, (validation, group)) == (validation, group)
-        held_out.append({question for question, (out, _) in of_group.items() if out})
+            assert of_group.setdefault(question, validation) == validation
+        held_out.append({question for question, out in of_group.items() if out})
         asked = [f"<|im_start|>user\n{question}" for question in corpus.validation_questions]
         assert sorted(asked) == sorted(held_out[-1])
     assert held_out[0] == held_out[1] == held_out[2] and 5 < len(held_out[0]) < 35
+
+
+def test_special_tokens_in_a_text_leave_its_piece_out(tmp_path):
+    (tmp_path / "t.txt").write_text("x" * 128 + "a<|im_end|>b" + "y" * 140, encoding="utf-8")
+    corpus = build(tmp_path / "corpus", Source("text", str(tmp_path / "t.txt")))
+    assert texts(corpus) == ["x" * 128, "y" * 15]
+    assert END not in corpus.tokens_N and corpus.figures[0]["control"] == 1
+
+
+def test_pieces_of_a_text_begin_as_the_tokenizer_begins_texts(tmp_path):
+    backend = byte_tokenizer(CHATML, ("<|im_start|>", "<|im_end|>", "<s>"))._backend
+    backend.bos_token = "<s>"
+    core = backend.backend_tokenizer
+    core.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 258)])
+    tokenizer = Tokenizer(backend)
+    (tmp_path / "t.txt").write_text("x" * 255, encoding="utf-8")
+    corpus = build_corpus(
+        DataConfig((Source("text", str(tmp_path / "t.txt")),), length=128, validation_share=0.0),
+        tokenizer,
+        vocab_size=259,
+        folder=tmp_path / "corpus",
+    )
+    assert corpus.length_S.tolist() == [128, 128]  # a third would hold two tokens: none to learn
+    x = chatml_tokenizer().encode("x")
+    for begin in corpus.start_S[:-1]:
+        piece = corpus.tokens_N[begin : begin + 128].tolist()
+        assert piece == tokenizer.encode("x" * 127) == [258, *127 * x]
+
+
+def test_what_a_run_is_evaluated_on_is_held_out(tmp_path):
+    prompts = write_lines(tmp_path / "p.jsonl", [{"prompt": LONG}])
+    config = DataConfig(
+        (chats(tmp_path / "c.jsonl", chat(f"now {LONG}", "ab"), chat("a", "bc")),),
+        length=256,
+        validation_share=0.0,
+    )
+
+    def corpus(config, **options):
+        return build_corpus(
+            config, chatml_tokenizer(), vocab_size=VOCAB, folder=tmp_path / "corpus", **options
+        )
+
+    assert corpus(config).num_segments == 2
+    held = corpus(config, held_out=[str(prompts)])
+    assert held.num_segments == 1 and held.figures[0]["overlapping"] == 1
+    written = (tmp_path / "corpus" / "tokens.i32").stat().st_mtime_ns
+    again = dataclasses.replace(config, held_out=(str(prompts),))
+    corpus(again, held_out=[str(prompts)])  # named twice: the same corpus
+    assert (tmp_path / "corpus" / "tokens.i32").stat().st_mtime_ns == written
 
 
 def test_max_tokens_is_not_exceeded(tmp_path):
@@ -237,10 +302,15 @@ def test_counts_weigh_training_tokens(tmp_path, monkeypatch):
     for segment in range(corpus.num_segments):
         if not corpus.validation_S[segment]:
             for i in range(corpus.start_S[segment], corpus.start_S[segment + 1]):
-                weight = 0.5 if corpus.source_S[segment] else 1.0 if corpus.answer_N[i] else 0.25
+                weight = 0.5 if corpus.source_S[segment] else 1.0 if corpus.learnt_N[i] else 0.25
                 expected[corpus.tokens_N[i]] += weight
     assert 0 < corpus.validation_S.sum() < corpus.num_segments
     np.testing.assert_allclose(corpus.counts(), expected)
+    of_source = [
+        sum(corpus.length_S[(corpus.source_S == k) & ~corpus.validation_S]) for k in range(2)
+    ]
+    assert corpus.source_training_tokens == of_source and min(of_source) > 0
+    assert corpus.num_training_tokens == sum(of_source) < corpus.num_tokens
     assert END in corpus.draft_vocabulary(4)
 
 

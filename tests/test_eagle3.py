@@ -136,6 +136,11 @@ def test_taps_of_another_target(target, make_target):
     check_fit(make_draft3("plain"), target, "here")
     with pytest.raises(CheckpointError, match=r"taps layers \(1, 2, 3\), this target has 2"):
         check_fit(make_draft3("plain"), make_target(), "here")
+    for taps in ((2, 1, 3), (1, 1, 3), (-1, 1, 3)):
+        draft = make_draft3("plain")
+        wrong = draft.replace(config=dataclasses.replace(draft.config, taps=taps))
+        with pytest.raises(CheckpointError, match="distinct ones, low to high, from 0"):
+            check_fit(wrong, target, "here")
     with pytest.raises(CheckpointError, match="feature width is 96"):
         check_fit(make_draft3("plain"), make_target(num_layers=4, hidden_size=40), "here")
 

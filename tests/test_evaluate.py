@@ -213,6 +213,18 @@ def test_progress_tells_speed_and_share_of_the_peak(tmp_path):
     assert "step 2: acceptance length chain:3 1.200 [1.100, 1.300]" in shown
     record = next(read_metrics(tmp_path))
     assert record["peak_share"] == pytest.approx(record["tokens_per_second"] * 10 / 1e9)
+
+
+def test_the_time_left_is_told_though_calls_are_minutes_apart(tmp_path):
+    screen, now = io.StringIO(), 0.0
+    console = Console(file=screen, width=200, get_time=lambda: now)
+    with Log(tmp_path, 100, console=console) as log:
+        for step in (20, 40, 60):
+            now += 160.0
+            log.step(step, 100 * step, {"loss": 1.0})
+    lines = screen.getvalue().splitlines()
+    assert "left" not in lines[0]  # one call tells no speed
+    assert lines[1].endswith(", 0:08:00 left") and lines[2].endswith(", 0:05:20 left")
     bar = write_log(tmp_path, [3], start=2)
     assert "step 3/10" in bar and "loss 0.3333" in bar and "of peak" not in bar
 

@@ -1,5 +1,6 @@
 """Packing, batches in their order, kept features, and a batch as text."""
 
+import io
 import json
 import random
 import signal
@@ -37,7 +38,7 @@ def settings(**changes) -> DataConfig:
 
 
 def make_corpus(lengths, seed: int = 0, validation_share: float = 0.0) -> Corpus:
-    """Random tokens and answers in segments of these lengths, the sources in turn."""
+    """Random tokens, learnt or not, in segments of these lengths, the sources in turn."""
     rng, count = np.random.default_rng(seed), len(lengths)
     start = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
     source = np.arange(count, dtype=np.int32) % 2
@@ -46,11 +47,10 @@ def make_corpus(lengths, seed: int = 0, validation_share: float = 0.0) -> Corpus
         vocab_size=50,
         stop_token_ids=(),
         tokens_N=rng.integers(0, 50, start[-1]).astype(np.int32),
-        answer_N=rng.random(start[-1]) < 0.5,
+        learnt_N=rng.random(start[-1]) < 0.5,
         start_S=start,
         source_S=source,
         validation_S=rng.random(count) < validation_share,
-        group_S=np.arange(count, dtype=np.uint64),
         validation_questions=[],
         figures=[],
         fingerprint=f"{seed} {lengths}",
@@ -113,8 +113,6 @@ def test_an_epoch_holds_every_training_token_once(lengths, seed, epochs, batch, 
         rows = every[epoch * feed.num_rows : (epoch + 1) * feed.num_rows]
         np.testing.assert_array_equal(np.sort(rows[rows >= 0]), np.flatnonzero(train))
     assert (every[epochs * feed.num_rows :] == -1).all()
-    used = (every >= 0)[: feed.num_rows].mean()
-    assert feed.padding_share == pytest.approx(1 - used)
 
 
 @given(lengths=lengths_lists, seed=seeds)
@@ -143,9 +141,11 @@ def check_segment(corpus, columns):
     np.testing.assert_array_equal(columns["tokens"], corpus.tokens_N[here])
     source = SOURCES[segment % 2]
     assert (columns["source"] == segment % 2).all()
-    weight = np.where(corpus.answer_N[here], source.answer_weight, source.prompt_weight)
-    weight[0] = 0.0
-    np.testing.assert_array_equal(columns["weight"], weight.astype(np.float32))
+    expected = np.zeros(size, np.float32)
+    for i in range(1, size - 1):  # row i predicts token i+1
+        learnt = corpus.learnt_N[here.start + i + 1]
+        expected[i] = source.answer_weight if learnt else source.prompt_weight
+    np.testing.assert_array_equal(columns["weight"], expected)
 
 
 def test_epochs_and_seeds_differ_in_order():
@@ -158,20 +158,33 @@ def test_epochs_and_seeds_differ_in_order():
     assert len({tuple(order) for order in orders}) == 4
 
 
-def test_validation_goes_once_over_what_is_held_out_and_scores_answers():
-    corpus = make_corpus([9] * 30, validation_share=0.4)
-    feed = Feed(corpus, settings(epochs=3), seed=0, validation=True)
-    batches = list(feed)
-    index, weight = (np.concatenate([b[name] for b in batches]) for name in ("index", "weight"))
-    tokens = np.flatnonzero(np.repeat(corpus.validation_S, 9))
-    np.testing.assert_array_equal(np.sort(index[index >= 0]), tokens)
-    scored = index[weight > 0]
-    np.testing.assert_array_equal(
-        np.sort(scored), [i for i in tokens if corpus.answer_N[i] and i not in corpus.start_S]
+def test_without_training_segments_there_is_no_feed():
+    corpus = make_corpus([9] * 30, validation_share=1.0)
+    with pytest.raises(ConfigError, match="no segments for training"):
+        Feed(corpus, settings(), seed=0)
+
+
+@pytest.mark.parametrize("prompt_weight", [0.0, 0.25])
+def test_rows_are_weighted_by_the_token_they_predict(tmp_path, prompt_weight):
+    """A draft has to say "ello" and the end of turn; prefill says "h", the template the rest."""
+    source = Source(
+        "chat",
+        str(write_lines(tmp_path / "c.jsonl", [chat("hi", "hello")])),
+        prompt_weight=prompt_weight,
     )
-    assert set(np.unique(weight)) == {0.0, 1.0}
-    with pytest.raises(ConfigError, match="no segments for validation"):
-        Feed(make_corpus([9] * 30), settings(), seed=0, validation=True)
+    config = settings(sources=(source,), length=128, batch=1, validation_share=0.0)
+    corpus = build_corpus(config, chatml_tokenizer(), vocab_size=VOCAB, folder=tmp_path / "corpus")
+    batch = next(Feed(corpus, config, seed=0))
+    tokens, weight = batch["tokens"][0], batch["weight"][0]
+    size = corpus.num_tokens
+    last_header = size - len("\nhello") - 2
+    assert chatml_tokenizer().decode(tokens[last_header : last_header + 2].tolist()) == "\nh"
+    expected = np.zeros(128, np.float32)
+    expected[1 : size - 1] = prompt_weight
+    expected[last_header + 1 : last_header + 6] = 1.0
+    np.testing.assert_array_equal(weight, expected)
+    predicted = tokens[1:][weight[:-1] == 1.0]
+    assert chatml_tokenizer().decode(predicted.tolist()) == "ello<|im_end|>"
 
 
 # ---- hosts and resuming ------------------------------------------------------------------------
@@ -340,18 +353,27 @@ def test_a_killed_writer_claims_nothing_that_is_not_there(tmp_path):
 # ---- a batch as text ---------------------------------------------------------------------------
 
 
-def test_a_batch_is_shown_with_what_is_trained_in_colour(tmp_path):
-    source = Source("chat", str(write_lines(tmp_path / "c.jsonl", [chat("hi?", "[b]hello[/b]")])))
+@pytest.mark.parametrize("prompt_weight", [0.0, 0.3])
+def test_a_batch_is_shown_with_what_is_learnt_in_colour(tmp_path, prompt_weight):
+    chats = write_lines(tmp_path / "c.jsonl", [chat("hi?", "[b]hello[/b]")])
+    source = Source("chat", str(chats), prompt_weight=prompt_weight, answer_weight=0.7)
     config = settings(sources=(source,), length=128, batch=2, validation_share=0.0)
     tokenizer = chatml_tokenizer()
     corpus = build_corpus(config, tokenizer, vocab_size=VOCAB, folder=tmp_path / "corpus")
-    console = Console(record=True, width=100, force_terminal=True, color_system="standard",
-                      file=(tmp_path / "out").open("w"))  # fmt: skip
+    console = Console(
+        record=True, width=100, force_terminal=True, color_system="standard", file=io.StringIO()
+    )
     show_batch(next(Feed(corpus, config, seed=0)), tokenizer, console)
     shown = console.export_text(styles=True)
-    assert "\x1b[1;32m[b]hello[/b]<|im_end|>\x1b[0m" in shown
-    assert "\x1b[2m<|im_start|>user" in shown
-    size, answer = corpus.num_tokens, len("[b]hello[/b]") + 1
-    assert f"{answer / size:.1%} of tokens" in shown
+    assert "\x1b[1;32mb]hello[/b]<|im_end|>\x1b[0m" in shown  # prefill gives the "["
+    size, answer = corpus.num_tokens, len("b]hello[/b]") + 1
+    if prompt_weight:
+        # The first row has no feature before it, so the second token is not learnt either.
+        assert "\x1b[2m<|im_start|>u\x1b[0m\x1b[33mser\x1b[0m\n" in shown
+        assert "\n\x1b[33m[\x1b[0m\x1b[1;32mb]" in shown
+        assert f"\x1b[33mlearnt at less weight\x1b[0m {(size - answer - 2) / size:.1%}" in shown
+    else:
+        assert "\x1b[2m<|im_start|>user\x1b[0m\n" in shown
+        assert "\n\x1b[2m[\x1b[0m\x1b[1;32mb]" in shown
+    assert f"\x1b[1;32mlearnt\x1b[0m {answer / size:.1%} of tokens" in shown
     assert f"padding {1 - size / 256:.1%}" in shown
-    console.file.close()

@@ -9,20 +9,23 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from jax_eagle import Draft, Target
+from jax_eagle.checkpoint import profiles
 from jax_eagle.checkpoint.mapping import CheckpointError
-from jax_eagle.config import ConfigError, LlamaConfig
+from jax_eagle.config import ConfigError, DraftConfig, LlamaConfig
+from jax_eagle.eagle import init_draft_params
 from jax_eagle.llama import init_params
 from train import init
 from train.config import DataConfig, DraftSettings, LossConfig, OptimizerConfig, Source, TrainConfig
 from train.plan import (
     Place,
     StepMemory,
-    abstract_state,
     abstract_teacher,
     find_place,
     plan,
     verdict,
 )
+from train.start import empty_state
 from train.step import Batch, make_optimizer, make_train_step
 from train.throughput import Probe, measured_peak, step_flops
 
@@ -33,14 +36,14 @@ TARGET = LlamaConfig(
 )  # fmt: skip
 
 
-def make_config(target="tiny", unroll: int = 1, **draft: Any) -> TrainConfig:
+def make_config(target="tiny", unroll: int = 1, start: str = "random", **draft: Any) -> TrainConfig:
     feature = "none" if draft.get("kind") == "eagle3" else "smooth_l1"
     return TrainConfig(
         target=str(target),
         run="unused",
         output="unused",
         data=DataConfig((Source("text", "unused", max_tokens=10_000),), length=T, batch=B),
-        draft=DraftSettings(start="random", **draft),
+        draft=DraftSettings(start=start, **draft),
         loss=LossConfig(feature=feature, unroll=unroll),
         optimizer=OptimizerConfig(ema=0.9),
     )
@@ -70,7 +73,7 @@ def test_flops_are_what_xla_counts(kept, settings):
     batch = Batch(ids, ids, ids, jax.ShapeDtypeStruct((B, T), jnp.float32), features)  # type: ignore
     train_step = make_train_step(config, optimizer)
     teacher = abstract_teacher(target, find_place(config, "here"))
-    lowered = train_step.lower(abstract_state(config, draft, optimizer), teacher, batch)  # type: ignore
+    lowered = train_step.lower(empty_state(config, draft, optimizer), teacher, batch)  # type: ignore
     counted = lowered.compile().cost_analysis()["flops"]
 
     half = B * T * 2 * target.num_heads * target.head_dim * T  # of one layer's attention, forward
@@ -132,13 +135,31 @@ def test_the_plan_needs_no_weights_and_tells_what_arrays_take(target_folder):
         "average": masters,
         "gradients": masters,
         "arguments": target_bytes + 4 * masters + 4 * B * T * 4,
-        "outputs": 4 * masters + B * T * 64 * 4,
+        "outputs": 4 * masters,
     }
     assert {name: sizes[name] for name in expected} == pytest.approx(expected, abs=0.06e6)
     in_place = re.search(r"\(([\d.]+) MB of them in place", text)
     assert in_place and float(in_place[1]) * 1e6 == pytest.approx(4 * masters, abs=0.06e6)
     assert sizes["peak"] > sizes["arguments"] + sizes["temporaries"] - 0.2e6
     assert lines[-2].endswith(": fits")
+
+
+def test_a_plan_to_go_on_from_a_folder(tmp_path):
+    """Of EAGLE-3 with a stored embedding: whether it is the target's, weights alone could tell."""
+    deep = dataclasses.replace(TARGET, num_layers=8)
+    (tmp_path / "config.json").write_text(json.dumps(deep.to_hf()))
+    target = Target(init_params(deep, jax.random.key(0)), deep)
+    draft_config = DraftConfig.eagle3_for_target(deep)
+    draft = Draft(init_draft_params(draft_config, jax.random.key(1)), None, draft_config)
+    start = str(tmp_path / "draft")
+    profiles.save(draft, start, "eagle3", target=target, with_embedding=True)
+    config = make_config(tmp_path, kind="eagle3", start=start)
+    sizes = next(line for line in plan(config, topology="here") if line.startswith("draft"))
+    count = sum(x.size for x in jax.tree.leaves(draft.params)) + TARGET.vocab_size * 64
+    expected = f"1 layers and the embedding that its folder holds: {count:,} parameters, 1,024"
+    assert expected in sizes
+    with pytest.raises(ConfigError, match="num_layers is 2, but .* has 1"):
+        next(plan(make_config(tmp_path, kind="eagle3", start=start, num_layers=2)))
 
 
 def test_the_verdict(target_folder):

@@ -19,6 +19,7 @@ from tests.serving import ROOT
 from tests.training import save_chats, save_tiny_target
 from train import checkpoint
 from train.config import TrainConfig, from_tree, load_config, to_tree
+from train.evaluate import Evaluator
 from train.log import read_metrics
 from train.trainer import TrainingError, run
 
@@ -74,7 +75,7 @@ def command(folder: Path, run: str, *options: str, **changes) -> list[str]:
 
 def state_of(run: Path, step: int | None = None) -> dict:
     """Arrays and progress of a checkpoint; seconds differ from run to run."""
-    with checkpoint._manager(run) as manager:
+    with checkpoint._manager(run, checkpoint.LATEST) as manager:
         step = manager.latest_step() if step is None else step
         stored = manager.item_metadata(step)["state"]
         restore = checkpoint.ocp.args.StandardRestore(checkpoint._here(stored))
@@ -88,6 +89,17 @@ def state_of(run: Path, step: int | None = None) -> dict:
 def assert_same_state(one: dict, other: dict) -> None:
     assert one["progress"] == other["progress"]
     jax.tree.map(np.testing.assert_array_equal, one["arrays"], other["arrays"])
+
+
+KINDS = {
+    "eagle": {},
+    "eagle3": {  # online, from the closed form, in parts
+        "draft": {"kind": "eagle3", "vocab_size": 120, "taps": [0, 1, 3], "start_rows": 4},
+        "loss": {"feature": "none", "logits": "kl", "unroll": 2, "chunk": 16},
+        "data_keep_features_gb": 0.0,
+        "optimizer_accumulate": 2,
+    },
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -114,25 +126,28 @@ def test_a_run_leaves_what_a_user_wants(folder, whole):
     assert {"loss/pass1", "agreement", "gradient_norm", "tokens_per_second"} <= set(records[0])
 
 
-def test_killed_and_resumed_is_bit_identical(folder, whole):
+@pytest.mark.parametrize("kind", KINDS)
+def test_killed_and_resumed_is_bit_identical(folder, kind):
     """kill -9 at a moment that differs from run to run, and once more; then to the end."""
-    rng = np.random.default_rng()
-    waits = rng.integers(1, STEPS - 2, 2)
-    print(f"killed after steps {sorted(waits)}")
-    for wait in sorted(waits):
-        kill_after(folder, "killed", int(wait))
-    subprocess.run(command(folder, "killed", "--resume"), cwd=ROOT, check=True, timeout=300)
-    last = state_of(whole)["progress"]["feed"]["given"]
+    changes, name = KINDS[kind], f"killed-{kind}"
+    run(config(folder, f"whole-{kind}", **changes))
+    waits = sorted(map(int, np.random.default_rng().integers(1, STEPS - 2, 2)))
+    print(f"killed after steps {waits}")
+    for wait in waits:
+        kill_after(folder, name, wait, **changes)
+    subprocess.run(command(folder, name, "--resume", **changes), cwd=ROOT, check=True, timeout=300)
+    last = state_of(folder / f"whole-{kind}")["progress"]["feed"]["given"]
     for step in (last, last - 1):
-        assert_same_state(state_of(folder / "killed", step), state_of(whole, step))
-    steps = [r["step"] for r in read_metrics(folder / "killed") if "loss" in r]
+        one, other = (state_of(folder / which, step) for which in (name, f"whole-{kind}"))
+        assert_same_state(one, other)
+    steps = [r["step"] for r in read_metrics(folder / name) if "loss" in r]
     assert steps == sorted(set(steps))
 
 
-def kill_after(folder: Path, name: str, step: int) -> None:
+def kill_after(folder: Path, name: str, step: int, **changes) -> None:
     """Starts or resumes a run and kills it when its log shows a step."""
     process = subprocess.Popen(
-        command(folder, name, "--resume"), cwd=ROOT, stdout=subprocess.DEVNULL
+        command(folder, name, "--resume", **changes), cwd=ROOT, stdout=subprocess.DEVNULL
     )  # fmt: skip
     end = time.monotonic() + 300
     while time.monotonic() < end and process.poll() is None:
@@ -165,6 +180,33 @@ def test_begun_and_stopped_in_one_process(folder, whole):
         run(config(folder, "halves"))
     run(config(folder, "halves"), resume=True)
     assert_same_state(state_of(folder / "halves"), state_of(whole))
+
+
+def test_the_best_draft_is_exported_not_the_last(folder, monkeypatch):
+    """Evaluations as scripted: the second is the best; the eighth is of the exported draft."""
+    lengths = iter([1.0, 1.5, 1.2, 1.1, 1.05, 1.04, 1.03, 1.5])
+    found = Evaluator.__call__
+
+    def scripted(self, draft):
+        evaluation = found(self, draft)
+        name = f"acceptance_length/{evaluation.trees[0]}"
+        return dataclasses.replace(
+            evaluation, figures=evaluation.figures | {name: next(lengths)}
+        )  # fmt: skip
+
+    monkeypatch.setattr(Evaluator, "__call__", scripted)
+    changes = {"evaluation_every": 5, "checkpoint_steps": 1, "checkpoint_keep_last": 3}
+    card = run(config(folder, "best", **changes))
+    assert card["acceptance"]["acceptance_length/chain:2"] == 1.5
+    kept = sorted(int(p.name) for p in (folder / "best" / "checkpoints").glob("[0-9]*"))
+    assert kept == [card["steps"] - 2, card["steps"] - 1, card["steps"]]
+    assert [p.name for p in (folder / "best" / "best").iterdir() if p.name.isdigit()] == ["5"]
+    wanted = checkpoint.load_draft(folder / "best", which="best")
+    target = load_target(folder / "target")
+    given = load_draft(folder / "best" / "draft", target)
+    jax.tree.map(np.testing.assert_array_equal, given.params, wanted.params)
+    latest = checkpoint.load_draft(folder / "best", which="latest")
+    assert not np.array_equal(latest.params["fc"]["kernel"], wanted.params["fc"]["kernel"])
 
 
 @pytest.mark.parametrize(
@@ -204,7 +246,7 @@ def test_disk_full_while_saving(folder):
         "    global count\n"
         "    count += 1\n"
         "    self.wait()\n"
-        "    if count == 3:\n"
+        "    if count == 2:\n"
         "        resource.setrlimit(resource.RLIMIT_FSIZE, (16384, 16384))\n"
         "    save(self, *args)\n"
         "checkpoint.Checkpoints.save = full\n"

@@ -16,7 +16,7 @@ from jax_eagle.llama import init_params
 from tests.serving import byte_tokenizer
 from train import init
 from train.config import DataConfig, DraftSettings, LossConfig, OptimizerConfig, Source, TrainConfig
-from train.step import Batch, TrainState, make_optimizer, pack_teaching
+from train.step import Batch, TrainState, make_optimizer, teach
 from train.teacher import Teacher
 
 LENGTH, ROWS, U, NUM_STEPS = 32, 4, 24, 30
@@ -64,8 +64,7 @@ def make_batch(seed: int = 0, rows: int = ROWS) -> Batch:
 
 def with_features(teacher: Teacher, batch: Batch, draft_config) -> Batch:
     """The batch with the target's features, rounded as a run that keeps them does."""
-    teaching = teacher(batch.text, draft_config.taps)
-    return batch.replace(features=pack_teaching(draft_config, teaching).astype(jnp.float16))
+    return batch.replace(features=teach(teacher, draft_config, batch))
 
 
 def first_state(
@@ -86,11 +85,6 @@ def first_state(
     return state, optimizer
 
 
-def with_batch(config: TrainConfig, **data) -> TrainConfig:
-    """The config with other settings of its data."""
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, **data))
-
-
 CHATML = (
     "{% for m in messages %}"
     "{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}"
@@ -101,7 +95,7 @@ CHATML = (
 def save_tiny_target(folder: Path) -> None:
     """A random model of byte tokens with a ChatML template."""
     tokenizer = byte_tokenizer(CHATML, ("<|im_start|>", "<|im_end|>"))
-    config = dataclasses.replace(CONFIG, vocab_size=258, num_layers=2, stop_token_ids=(257,))
+    config = dataclasses.replace(CONFIG, vocab_size=258, num_layers=4, stop_token_ids=(257,))
     hf.save(Target(init_params(config, jax.random.key(0)), config, tokenizer), folder)
 
 

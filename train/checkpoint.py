@@ -1,16 +1,18 @@
 """Checkpoints of a run: everything that a run killed at any moment goes on from.
 
 config.yaml   the resolved configuration
-checkpoints/  Orbax, one folder a step: `state` (arrays) and `progress` (JSON)
+checkpoints/  Orbax, one folder a step, the newest ones: `state` (arrays) and `progress` (JSON)
+best/         the same for the drafts with the greatest acceptance lengths, without their moments
 
-Checkpoints are written in the background from a copy of the state and get their name when they are
-complete, so a kill or a full disk costs at most the one that was being written.
+Checkpoints are written in the background and get their name when they are complete, so a kill or a
+full disk costs at most the one that was being written.
 """
 
 import contextlib
 import dataclasses
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,6 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 import yaml
-from orbax.checkpoint import checkpoint_managers as policies
 
 from jax_eagle import Draft
 from jax_eagle.checkpoint.mapping import CheckpointError, one_line
@@ -27,11 +28,12 @@ from jax_eagle.config import ConfigError, DraftConfig
 from .config import CheckpointConfig, TrainConfig, from_tree, to_tree
 from .step import TrainState
 
-_BEST = "acceptance_length"
-_NOT_EVALUATED = 0.0
-"""Less than any acceptance length: checkpoints between evaluations are never the best."""
-_MAY_CHANGE = ("output", "evaluation", "checkpoint", "mesh", "log_every", "max_minutes", "card")
-"""Keys of a config that a resumed run may have otherwise."""
+LATEST, BEST = "checkpoints", "best"
+_METRIC = "acceptance_length"
+_MAY_CHANGE = {
+    "output", "run", "evaluation", "checkpoint", "mesh", "log_every", "max_minutes", "card",
+}  # fmt: skip
+"""Keys of a config that a resumed run may have otherwise; paths of its data too."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,58 +52,48 @@ class Progress:
     """`Corpus.fingerprint`."""
     tokenizer: str
     """Hash of tokenizer and chat template."""
+    target: str
+    """Hash of the target's weights."""
 
 
 class Checkpoints:
-    """The checkpoints folder of a run."""
+    """The checkpoints of a run."""
 
     def __init__(self, run: Path, config: CheckpointConfig):
-        keep = [
-            policies.LatestN(config.keep_last),
-            policies.BestN(
-                get_metric_fn=lambda metrics: metrics[_BEST],
-                n=config.keep_best,
-            ),
-        ]
-        self._folder, self._broken = run / "checkpoints", False
-        self._manager = _manager(run, preservation_policy=policies.AnyPreservationPolicy(keep))
+        self._folder, self._broken = run / LATEST, False
+        self._latest = _manager(run, LATEST, max_to_keep=config.keep_last)
+        self._best = _manager(run, BEST, max_to_keep=config.keep_best)
 
     def latest_step(self) -> int | None:
         """The newest whole checkpoint; None if there is none."""
-        return self._manager.latest_step()
+        return self._latest.latest_step()
 
-    def save(
-        self, state: TrainState, progress: Progress, acceptance_length: float | None = None
-    ) -> None:
+    def save(self, state: TrainState, progress: Progress) -> None:
         """Begins to write a checkpoint; the state may be donated as soon as this returns.
 
         Raises:
           CheckpointError: this one or the one before could not be written (disk full).
         """
-        step = int(state.step)
-        if step in self._manager.all_steps():
-            return
-        # A copy: on a CPU the arrays that are being written would be the donated ones.
-        arrays = jax.tree.map(jnp.copy, _arrays(state))
-        items = ocp.args.Composite(
-            state=ocp.args.StandardSave(arrays),
-            progress=ocp.args.JsonSave(dataclasses.asdict(progress)),
-        )
-        metrics = {_BEST: _NOT_EVALUATED if acceptance_length is None else acceptance_length}
-        self._guarded(lambda: self._manager.save(step, args=items, metrics=metrics))
+        self._guarded(lambda: _save(self._latest, state, progress))
+
+    def save_best(self, state: TrainState, progress: Progress, acceptance_length: float) -> None:
+        """Writes the draft of an evaluated state if it is among the best; raises as `save`."""
+        state = state.replace(opt_state=None)
+        self._guarded(lambda: _save(self._best, state, progress, {_METRIC: acceptance_length}))
+        self._guarded(self._best.wait_until_finished)
 
     def wait(self) -> None:
         """Until all checkpoints are complete; raises what `save` does."""
-        self._guarded(self._manager.wait_until_finished)
+        self._guarded(self._latest.wait_until_finished)
 
-    def _guarded(self, write) -> None:
+    def _guarded(self, write: Callable[[], Any]) -> None:
         try:
             write()
         except (OSError, ValueError) as error:
             self._broken = True
             # Orbax leaves a future behind for each array, and each would print a trace of its own.
             logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-            last = self._manager.latest_step()
+            last = self._latest.latest_step()
             kept = "there is none before it" if last is None else f"that of step {last} stays"
             raise CheckpointError(
                 f"{self._folder}: a checkpoint could not be written ({one_line(error)}); {kept}"
@@ -109,28 +101,43 @@ class Checkpoints:
 
     def restore(self, like: TrainState) -> tuple[TrainState, Progress]:
         """The newest checkpoint in the form and on the devices of `like`, which is not read."""
-        step = self._manager.latest_step()
+        step = self._latest.latest_step()
         items = ocp.args.Composite(
             state=ocp.args.StandardRestore(_arrays(like)), progress=ocp.args.JsonRestore()
         )
-        found = self._manager.restore(step, args=items)
+        found = self._latest.restore(step, args=items)
         return dataclasses.replace(like, **found["state"]), Progress(**found["progress"])
 
     def progress(self) -> Progress:
         """That of the newest checkpoint."""
-        return _progress(self._manager, self._manager.latest_step())
+        return _progress(self._latest, self._latest.latest_step())
 
     def best_step(self) -> int | None:
-        """The checkpoint with the greatest acceptance length; None before an evaluation."""
-        return _best_step(self._manager)
+        """The step with the greatest acceptance length; None before an evaluation."""
+        return self._best.best_step()
 
     def close(self) -> None:
-        """Waits, and ends the manager's threads; raises what `save` does, if it has not yet."""
-        if self._broken:
-            with contextlib.suppress(OSError, ValueError):
-                self._manager.close()
-        else:
-            self._guarded(self._manager.close)
+        """Waits, and ends the managers' threads; raises what `save` does, if it has not yet."""
+        for manager in self._latest, self._best:
+            if self._broken:
+                with contextlib.suppress(OSError, ValueError):
+                    manager.close()
+            else:
+                self._guarded(manager.close)
+
+
+def _save(manager: ocp.CheckpointManager, state: TrainState, progress: Progress, metrics=None):
+    step = int(state.step)
+    if step in manager.all_steps():
+        return
+    arrays = _arrays(state)
+    if jax.default_backend() == "cpu":  # what is written there would be the donated arrays
+        arrays = jax.tree.map(jnp.copy, arrays)
+    items = ocp.args.Composite(
+        state=ocp.args.StandardSave(arrays),
+        progress=ocp.args.JsonSave(dataclasses.asdict(progress)),
+    )
+    manager.save(step, args=items, metrics=metrics)
 
 
 def load_draft(run: Path, *, which: str = "best", dtype: str = "float32") -> Draft:
@@ -142,17 +149,21 @@ def load_draft(run: Path, *, which: str = "best", dtype: str = "float32") -> Dra
     Raises:
       ConfigError: the folder holds no run, or the run has no checkpoint yet.
     """
-    if not (run / "checkpoints").is_dir():
-        raise ConfigError(f"{run}: not the folder of a run (checkpoints/ is missing)")
-    with _manager(run) as manager:
-        step = _best_step(manager) if which == "best" else None
-        step = manager.latest_step() if step is None else step
-        if step is None:
-            raise ConfigError(f"{run}: no checkpoint yet")
-        stored = manager.item_metadata(step)["state"]
-        items = ocp.args.Composite(state=ocp.args.StandardRestore(_here(stored)))
-        tree = manager.restore(step, args=items)["state"]
-        config = DraftConfig.from_dict(_progress(manager, step).draft, dtype=dtype)
+    names = (BEST, LATEST) if which == "best" else (LATEST,)
+    if not (run / LATEST).is_dir():
+        raise ConfigError(f"{run}: not the folder of a run ({LATEST}/ is missing)")
+    for name in names:
+        with _manager(run, name) as manager:
+            step = manager.best_step() if name == BEST else manager.latest_step()
+            if step is None:
+                continue
+            stored = manager.item_metadata(step)["state"]
+            items = ocp.args.Composite(state=ocp.args.StandardRestore(_here(stored)))
+            tree = manager.restore(step, args=items)["state"]
+            config = DraftConfig.from_dict(_progress(manager, step).draft, dtype=dtype)
+            break
+    else:
+        raise ConfigError(f"{run}: no checkpoint yet")
     state = TrainState(
         step=tree["step"],
         failed=tree["failed"],
@@ -182,8 +193,10 @@ def check_config(config: TrainConfig, run: Path) -> None:
     begun = from_tree(TrainConfig, yaml.safe_load(path.read_text("utf-8")), str(path))
     ours, its = _flat(to_tree(config)), _flat(to_tree(begun))
     for key in sorted(ours.keys() | its.keys()):
+        # A run may have moved: its corpus names its data, not the paths that these came from.
+        is_path = key.endswith(".path") or key == "data.features"
         changed = ours.get(key) != its.get(key)
-        if changed and key.split(".")[0] not in (*_MAY_CHANGE, "run"):
+        if changed and not is_path and key.split(".")[0] not in _MAY_CHANGE:
             raise ConfigError(
                 f"{run}: begun with {key} {its.get(key)!r}, the config says {ours.get(key)!r}; "
                 "change it back, or begin another run"
@@ -200,23 +213,17 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     }
 
 
-def _manager(run: Path, **options: Any) -> ocp.CheckpointManager:
+def _manager(run: Path, name: str, **options: Any) -> ocp.CheckpointManager:
+    if name == BEST:
+        options["best_fn"] = lambda metrics: metrics[_METRIC]
     return ocp.CheckpointManager(
-        (run / "checkpoints").absolute(),
+        (run / name).absolute(),
         item_handlers={
             "state": ocp.StandardCheckpointHandler(),
             "progress": ocp.JsonCheckpointHandler(),
         },
-        options=ocp.CheckpointManagerOptions(
-            best_fn=lambda metrics: metrics[_BEST], cleanup_tmp_directories=True, **options
-        ),
+        options=ocp.CheckpointManagerOptions(cleanup_tmp_directories=True, **options),
     )
-
-
-def _best_step(manager: ocp.CheckpointManager) -> int | None:
-    found = {step: (manager.metrics(step) or {})[_BEST] for step in manager.all_steps()}
-    evaluated = [step for step, length in found.items() if length != _NOT_EVALUATED]
-    return max(evaluated, key=lambda step: (found[step], step), default=None)
 
 
 def _progress(manager: ocp.CheckpointManager, step: int | None) -> Progress:

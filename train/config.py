@@ -23,6 +23,13 @@ def _one_of(name: str, value: str, known: Sequence[str]) -> None:
         raise ConfigError(f"{name} {value!r}: expected {', '.join(known)}")
 
 
+def _at_least(low: float, **values: float | None) -> None:
+    """None is no value; NaN is less than any bound."""
+    for name, value in values.items():
+        if value is not None and not value >= low:
+            raise ConfigError(f"{name} {value}: expected at least {low}")
+
+
 @dataclasses.dataclass(frozen=True)
 class Source:
     """One source of text."""
@@ -39,6 +46,8 @@ class Source:
 
     def __post_init__(self):
         _one_of("kind", self.kind, SOURCE_KINDS)
+        _at_least(1, max_tokens=self.max_tokens)
+        _at_least(0, prompt_weight=self.prompt_weight, answer_weight=self.answer_weight)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +74,13 @@ class DataConfig:
     def __post_init__(self):
         if not self.sources:
             raise ConfigError("sources: expected at least one")
-        if min(self.batch, self.epochs) < 1 or self.length < 8:
-            raise ConfigError("batch and epochs start at 1, length at 8")
+        _at_least(1, batch=self.batch, epochs=self.epochs, overlap_words=self.overlap_words)
+        _at_least(8, length=self.length)
+        _at_least(0, keep_features_gb=self.keep_features_gb)
+        if not 0 <= self.validation_share < 1:
+            raise ConfigError(
+                f"validation_share {self.validation_share}: expected 0 or more, and less than 1"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,8 +103,15 @@ class DraftSettings:
 
     def __post_init__(self):
         _one_of("kind", self.kind, DRAFT_KINDS)
-        if self.num_layers < 1:
-            raise ConfigError(f"num_layers {self.num_layers}: starts at 1")
+        _at_least(
+            1, num_layers=self.num_layers, start_rows=self.start_rows, vocab_size=self.vocab_size
+        )
+        if self.taps is not None and self.kind != "eagle3":
+            raise ConfigError(
+                f"taps {list(self.taps)}: a setting of kind 'eagle3', not {self.kind}"
+            )
+        if self.taps == ():
+            raise ConfigError("taps []: expected layers, or null for the usual ones")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +140,9 @@ class LossConfig:
             raise ConfigError("feature and logits are both 'none': nothing to minimise")
         if not 1 <= self.unroll <= MAX_UNROLL:
             raise ConfigError(f"unroll {self.unroll}: expected 1 to {MAX_UNROLL}")
+        _at_least(1, chunk=self.chunk, top_k=self.top_k)
+        _at_least(0, feature_noise=self.feature_noise, decay=self.decay)
+        _at_least(0, feature_weight=self.feature_weight, logits_weight=self.logits_weight)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,8 +167,7 @@ class OptimizerConfig:
     """Decay of the averaged parameters, which are then what is evaluated; None: no average."""
 
     def __post_init__(self):
-        if self.accumulate < 1:
-            raise ConfigError(f"accumulate {self.accumulate}: starts at 1")
+        _at_least(1, accumulate=self.accumulate)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,6 +177,9 @@ class MeshConfig:
     data: int = 1
     fsdp: int = 1
     tensor: int = 1
+
+    def __post_init__(self):
+        _at_least(1, data=self.data, fsdp=self.fsdp, tensor=self.tensor)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,6 +198,10 @@ class EvaluationConfig:
     every: int = 500
     """Steps between evaluations."""
 
+    def __post_init__(self):
+        _at_least(1, num_prompts=self.num_prompts, depth=self.depth, every=self.every)
+        _at_least(2, max_new_tokens=self.max_new_tokens)  # the first one comes from prefill
+
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
@@ -182,6 +212,10 @@ class CheckpointConfig:
     """Save every so many steps as well; None: by time alone."""
     keep_last: int = 2
     keep_best: int = 1
+
+    def __post_init__(self):
+        _at_least(0, minutes=self.minutes)
+        _at_least(1, steps=self.steps, keep_last=self.keep_last, keep_best=self.keep_best)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,6 +249,8 @@ class TrainConfig:
     def __post_init__(self):
         if self.draft.kind == "eagle3" and self.loss.feature != "none":
             raise ConfigError("an eagle3 draft has no features to estimate: loss.feature is none")
+        _at_least(1, log_every=self.log_every)
+        _at_least(0, max_minutes=self.max_minutes)
         parts = self.optimizer.accumulate * self.mesh.data * self.mesh.fsdp
         if self.data.batch % parts:
             raise ConfigError(

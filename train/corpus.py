@@ -4,6 +4,9 @@ A corpus is one long line of tokens, cut into segments: a conversation (its firs
 or a piece of text of at most `length` tokens. The number of a token in that line names it for ever:
 batches carry it, and kept features are found by it.
 
+A token is *learnt* if a draft has to propose it: in an answer all up to its end of turn but the
+first, which the target says at the end of prefill; all of a plain text. Every other one is given.
+
 Groups are held out for validation by a hash (a chat's first question, a text's name), so what is
 held out depends neither on order nor on size, and no group is on both sides.
 
@@ -40,22 +43,20 @@ class Corpus:
     stop_token_ids: tuple[int, ...]
     tokens_N: np.ndarray
     """Int32, mapped from disk."""
-    answer_N: np.ndarray
-    """Bool: the assistant's tokens with their end of turn; all of a plain text."""
+    learnt_N: np.ndarray
+    """Bool: tokens that a draft has to propose."""
     start_S: np.ndarray
     """First token of each segment, int64; one more entry at the end."""
     source_S: np.ndarray
     """Number of each segment's source, int32."""
     validation_S: np.ndarray
     """Bool: held out from training."""
-    group_S: np.ndarray
-    """Hash of what a segment is held out by, uint64."""
     validation_questions: list[str]
     """First questions of the held-out chats, each once, in the order of their records."""
     figures: list[dict[str, Any]]
     """Of each source: what it gave and what was left out (`corpus_build.Tally`)."""
     fingerprint: str
-    """Hash of tokens and segments."""
+    """Hash of tokens, masks and segments."""
     tokenizer_hash: str
     """`Tokenizer.fingerprint`: vocabulary and chat template."""
 
@@ -63,6 +64,17 @@ class Corpus:
     def num_tokens(self) -> int:
         """Tokens of training and validation together."""
         return len(self.tokens_N)
+
+    @property
+    def num_training_tokens(self) -> int:
+        """Tokens of training segments, prompts included; each counts once."""
+        return sum(self.source_training_tokens)
+
+    @functools.cached_property
+    def source_training_tokens(self) -> list[int]:
+        """Tokens of each source's training segments."""
+        train_S = self.length_S * ~self.validation_S
+        return [int(train_S[self.source_S == k].sum()) for k in range(len(self.sources))]
 
     @property
     def num_segments(self) -> int:
@@ -85,7 +97,7 @@ class Corpus:
             tokens = slice(self.start_S[first], self.start_S[last])
             source_n = np.repeat(self.source_S[first:last], self.length_S[first:last])
             train_n = np.repeat(~self.validation_S[first:last], self.length_S[first:last])
-            weight_n = weight_K2[source_n, self.answer_N[tokens].astype(np.int8)] * train_n
+            weight_n = weight_K2[source_n, self.learnt_N[tokens].astype(np.int8)] * train_n
             counts_V += np.bincount(self.tokens_N[tokens], weight_n, minlength=self.vocab_size)
             first = last
         return counts_V
@@ -98,7 +110,7 @@ class Corpus:
         """A line for each source, and one for whatever was left out or cut."""
         lines = []
         for source, figures in zip(self.sources, self.figures, strict=True):
-            share = figures["answer_tokens"] / max(figures["tokens"], 1)
+            share = figures["learnt_tokens"] / max(figures["tokens"], 1)
             lines.append(
                 f"{source.path}: {figures['tokens']:,} tokens in {figures['segments']:,} segments "
                 f"of {figures['records']:,} records, {share:.0%} of them to learn from"
@@ -114,8 +126,8 @@ class Corpus:
 _LEFT_OUT = {
     "duplicates": "left out: the same as an earlier one",
     "overlapping": "left out: they repeat a held-out prompt",
-    "control": "left out: they hold special tokens as text",
-    "unanswered": "left out: the answer begins behind the longest segment",
+    "control": "hold special tokens as text: left out, of long texts the pieces with one",
+    "unanswered": "left out: the answer is empty or begins behind the longest segment",
     "cut": "are longer than a segment and were cut",
 }
 
@@ -126,6 +138,7 @@ def build_corpus(
     *,
     vocab_size: int,
     stop_token_ids: Iterable[int] = (),
+    held_out: Iterable[str] = (),
     folder: Path,
 ) -> Corpus:
     """Tokenises all sources into `folder`, or opens what is there if nothing changed.
@@ -133,11 +146,13 @@ def build_corpus(
     Args:
       vocab_size: V of the target.
       stop_token_ids: tokens that the draft vocabulary always holds.
+      held_out: held out besides `config.held_out`: what the run is evaluated on.
 
     Raises:
       ConfigError: a source that is not there, holds nothing to train on, or cannot be read (with
         file and line); a chat template whose answers cannot be found.
     """
+    config = dataclasses.replace(config, held_out=(*config.held_out, *held_out))
     inputs = inputs_hash(config, tokenizer, vocab_size)
     if not (folder / META).exists() or read_json(folder / META)["inputs"] != inputs:
         write_corpus(config, tokenizer, vocab_size, inputs, folder)
@@ -170,11 +185,10 @@ def _opened(
         vocab_size=vocab_size,
         stop_token_ids=stop_token_ids,
         tokens_N=np.memmap(folder / TOKENS["tokens"], np.int32, "r"),
-        answer_N=np.memmap(folder / TOKENS["answer"], np.bool_, "r"),
+        learnt_N=np.memmap(folder / TOKENS["learnt"], np.bool_, "r"),
         start_S=segments["start"],
         source_S=segments["source"],
         validation_S=segments["validation"],
-        group_S=segments["group"],
         validation_questions=meta["questions"],
         figures=meta["sources"],
         fingerprint=meta["fingerprint"],

@@ -1,7 +1,11 @@
 """Records -> a corpus on disk: what is left out, how it is cut, and the files.
 
 Left out and counted: records that an earlier one equals, those that repeat a held-out prompt, and
-conversations whose text holds special tokens. Everything else that is wrong raises.
+what holds special tokens as text: a conversation whole, of a long text the piece. Everything else
+that is wrong raises.
+
+Every piece of a text begins as the tokenizer begins texts: where it puts a token in front, the
+target's attention and features rest on it.
 """
 
 import dataclasses
@@ -28,9 +32,12 @@ from .config import DataConfig
 from .overlap import HeldOut
 from .sources import Record, read_source, source_files, source_hash
 
-VERSION = 1
+VERSION = 2
+"""Another one for other tokens or masks, and for other batches made of them."""
 META, SEGMENTS = "meta.json", "segments.npz"
-TOKENS = {"tokens": "tokens.i32", "answer": "answer.bool"}
+TOKENS = {"tokens": "tokens.i32", "learnt": "learnt.bool"}
+_MIN_PIECE = 3
+"""Tokens of a piece of text: the first has no feature before it, the last no token behind it."""
 
 
 @dataclasses.dataclass
@@ -41,23 +48,23 @@ class Tally:
     segments: int = 0
     tokens: int = 0
     validation_tokens: int = 0
-    answer_tokens: int = 0
+    learnt_tokens: int = 0
     duplicates: int = 0
     overlapping: int = 0
     control: int = 0
-    """Conversations whose text holds special tokens."""
+    """Records that hold special tokens as text."""
     unanswered: int = 0
-    """Conversations whose first answer begins behind the longest segment."""
+    """Conversations without a token to learn: the answers begin too late, or are empty."""
     cut: int = 0
     """Conversations that lost their end."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
-    """Tokens int32 [T], and bool [T] where the answer (or the text) is."""
+    """Tokens int32 [T], and which of them are learnt, bool [T]."""
 
     tokens: np.ndarray
-    answer: np.ndarray
+    learnt: np.ndarray
 
 
 def is_held_out(group: str, share: float) -> bool:
@@ -73,7 +80,7 @@ def inputs_hash(config: DataConfig, tokenizer: Tokenizer, vocab_size: int) -> st
         vocab_size,
         [config.length, config.validation_share, config.overlap_words],
         [[source.kind, source.max_tokens, source_hash(source)] for source in config.sources],
-        [prompts_of(name) for name in config.held_out],
+        sorted({prompt for name in config.held_out for prompt in prompts_of(name)}),
     ]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
@@ -88,9 +95,9 @@ def write_corpus(
         builder = _Builder(config, tokenizer, vocab_size)
         with (
             (partial / TOKENS["tokens"]).open("wb") as tokens,
-            (partial / TOKENS["answer"]).open("wb") as answer,
+            (partial / TOKENS["learnt"]).open("wb") as learnt,
         ):
-            builder.write(tokens, answer)
+            builder.write(tokens, learnt)
         segments = builder.segments()
         np.savez(partial / SEGMENTS, allow_pickle=False, **segments)
         for column in segments.values():
@@ -120,14 +127,15 @@ class _Builder:
         has_chats = any(source.kind == "chat" for source in config.sources)
         self._renderer = ChatRenderer(tokenizer) if has_chats else None
         self._seen: set[bytes] = set()
-        self._table: list[tuple[int, int, bool, int]] = []
-        """Length, source, validation and group of each segment."""
+        self._begin = _begin_of_text(tokenizer)
+        self._table: list[tuple[int, int, bool]] = []
+        """Length, source and validation of each segment."""
         self.tallies = [Tally() for _ in config.sources]
         self.questions: dict[str, None] = {}
         """First questions of held-out chats, as an ordered set."""
-        self.hash = hashlib.sha256()
+        self.hash = hashlib.sha256(str(VERSION).encode())
 
-    def write(self, tokens: IO[bytes], answer: IO[bytes]) -> None:
+    def write(self, tokens: IO[bytes], learnt: IO[bytes]) -> None:
         """Writes the tokens of all sources; the progress bar compares characters with bytes."""
         sizes = [sum(p.stat().st_size for p in source_files(s)) for s in self._config.sources]
         with Progress(console=Console(stderr=True)) as progress:
@@ -135,7 +143,7 @@ class _Builder:
             for number, source in enumerate(self._config.sources):
                 for record in read_source(source):
                     progress.advance(task, record.size)
-                    if not self._add(record, number, tokens, answer):
+                    if not self._add(record, number, tokens, learnt):
                         break
                 progress.update(task, completed=sum(sizes[: number + 1]))
                 tally = self.tallies[number]
@@ -143,41 +151,39 @@ class _Builder:
                     raise ConfigError(
                         f"{source.path}: nothing to train on in {tally.records} records "
                         f"({tally.segments} segments are held out, {tally.unanswered} answers "
-                        "begin behind data.length)"
+                        "are empty or begin behind data.length)"
                     )
 
     def segments(self) -> dict[str, np.ndarray]:
         """The table of segments, by column."""
-        length, source, validation, group = zip(*self._table, strict=True)
+        length, source, validation = zip(*self._table, strict=True)
         return {
             "start": np.concatenate([[0], np.cumsum(length, dtype=np.int64)]),
             "source": np.array(source, np.int32),
             "validation": np.array(validation, bool),
-            "group": np.array(group, np.uint64),
         }
 
-    def _add(self, record: Record, number: int, tokens: IO[bytes], answer: IO[bytes]) -> bool:
+    def _add(self, record: Record, number: int, tokens: IO[bytes], learnt: IO[bytes]) -> bool:
         """Writes what a record gives; False when the source has given all it may."""
         tally, limit = self.tallies[number], self._config.sources[number].max_tokens
         tally.records += 1
         if self._is_left_out(record, tally):
             return True
         validation = is_held_out(record.group, self._config.validation_share)
-        group = hashlib.blake2b(record.group.encode(), digest_size=8).digest()
         for segment in self._segments(record, tally):
             size = len(segment.tokens)
             if limit is not None and tally.tokens + size > limit:
                 return False
-            for file, column in ((tokens, segment.tokens), (answer, segment.answer)):
+            for file, column in ((tokens, segment.tokens), (learnt, segment.learnt)):
                 file.write(column.tobytes())
                 self.hash.update(column.tobytes())
-            self._table.append((size, number, validation, int.from_bytes(group, "little")))
+            self._table.append((size, number, validation))
             if validation and record.messages:
                 self.questions[record.group] = None
             tally.segments += 1
             tally.tokens += size
             tally.validation_tokens += size * validation
-            tally.answer_tokens += int(segment.answer.sum())
+            tally.learnt_tokens += int(segment.learnt.sum())
         return True
 
     def _is_left_out(self, record: Record, tally: Tally) -> bool:
@@ -192,16 +198,22 @@ class _Builder:
 
     def _segments(self, record: Record, tally: Tally) -> Iterator[Segment]:
         """A conversation's first tokens, or the pieces of a text."""
-        if record.messages:
-            segment = self._conversation(record, tally)
-            if segment is not None:
-                yield segment
-            return
-        tokens = self._checked(self._tokenizer.encode(record.text), record)
-        # A piece of one token has nothing to predict from.
-        for begin in range(0, len(tokens) - 1, self._config.length):
-            piece = tokens[begin : begin + self._config.length]
-            yield Segment(piece, np.ones(len(piece), bool))
+        if not record.messages:
+            yield from self._pieces(record, tally)
+        elif (segment := self._conversation(record, tally)) is not None:
+            yield segment
+
+    def _pieces(self, record: Record, tally: Tally) -> Iterator[Segment]:
+        """A text in pieces of at most `length` tokens, without those that hold special ones."""
+        tokens = self._checked(self._tokenizer.encode(record.text, special=False), record)
+        is_special = np.isin(tokens, self._tokenizer.special_ids)
+        tally.control += bool(is_special.any())
+        size = self._config.length - len(self._begin)
+        for first in range(0, len(tokens), size):
+            here = slice(first, first + size)
+            piece = np.concatenate([self._begin, tokens[here]])
+            if len(piece) >= _MIN_PIECE and not is_special[here].any():
+                yield Segment(piece, np.ones(len(piece), bool))
 
     def _conversation(self, record: Record, tally: Tally) -> Segment | None:
         assert self._renderer is not None
@@ -213,12 +225,14 @@ class _Builder:
         except ConfigError as error:
             raise ConfigError(f"{record.where}: {error}") from None
         tokens = self._checked(tokens, record)
+        # The first token of an answer comes from prefill: no draft proposes it.
+        learnt = answer & np.append(False, answer[:-1])
         length = self._config.length
-        if not answer[:length].any():
+        if not learnt[:length].any():
             tally.unanswered += 1
             return None
         tally.cut += len(tokens) > length
-        return Segment(tokens[:length], answer[:length])
+        return Segment(tokens[:length], learnt[:length])
 
     def _checked(self, tokens, record: Record) -> np.ndarray:
         tokens = np.asarray(tokens, np.int32)
@@ -228,3 +242,9 @@ class _Builder:
                 "the tokenizer is not the target's"
             )
         return tokens
+
+
+def _begin_of_text(tokenizer: Tokenizer) -> np.ndarray:
+    """What the tokenizer puts in front of a text: int32, one token or none."""
+    begin = tokenizer.encode("")[:1]
+    return np.array(begin if begin == [tokenizer.bos_token_id] else [], np.int32)

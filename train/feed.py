@@ -10,8 +10,9 @@ A batch is a dict of arrays [B, T]:
   tokens    int32
   segment   int32, from 1 in each row; 0 is padding
   position  int32, from 0 in each segment
-  weight    float32, the loss weight; 0 for padding and for a segment's first token, which has no
-            feature before it
+  weight    float32, the loss weight of row i, which predicts token i+1: what the source says for
+            that token, learnt or given; 0 for padding, for a segment's first row (no feature comes
+            before its token) and for its last (no token comes behind)
   source    int32, the number of the source; 0 for padding
   index     int64, the number of the token in the corpus; -1 for padding
 The last batch is filled up with rows of padding, so an epoch holds every token once.
@@ -42,14 +43,10 @@ class Feed:
         config: DataConfig,
         *,
         seed: int,
-        validation: bool = False,
         process_index: int = 0,
         process_count: int = 1,
     ):
-        """A feed of training segments, or of one pass over the held-out ones.
-
-        Validation goes over its rows once, in the same order for every epoch of training, and
-        scores what the target writes: prompts weigh nothing.
+        """A feed of the training segments.
 
         Args:
           process_index, process_count: this host's share: rows
@@ -66,21 +63,15 @@ class Feed:
         self._first_row = process_index * self.rows_per_host
         self._corpus, self._config = corpus, config
         self._weight_K2 = np.array(
-            [
-                [0.0, 1.0] if validation else [source.prompt_weight, source.answer_weight]
-                for source in config.sources
-            ],
-            np.float32,
+            [[source.prompt_weight, source.answer_weight] for source in config.sources], np.float32
         )
-        segments = np.flatnonzero(corpus.validation_S == validation)
+        segments = np.flatnonzero(~corpus.validation_S)
         if not len(segments):
-            kind = "validation" if validation else "training"
-            raise ConfigError(f"no segments for {kind}: change validation_share, or add data")
+            raise ConfigError("no segments for training: change validation_share, or add data")
         np.random.default_rng(seed).shuffle(segments)
         self._rows = pack(segments.tolist(), corpus.length_S, config.length)
-        self._order = grain.MapDataset.range(len(self._rows))
-        if not validation:
-            self._order = self._order.shuffle(seed=seed % 2**32).repeat(config.epochs)
+        rows = grain.MapDataset.range(len(self._rows))
+        self._order = rows.shuffle(seed=seed % 2**32).repeat(config.epochs)
         self._identity = {"corpus": corpus.fingerprint, "seed": seed, "batch": config.batch}
         self._batches = grain.MapDataset.range(self.num_batches).map(self.batch)
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=AHEAD)
@@ -95,12 +86,6 @@ class Feed:
     def num_batches(self) -> int:
         """Batches in all epochs."""
         return -(-len(self._order) // self._config.batch)
-
-    @property
-    def padding_share(self) -> float:
-        """Share of the rows' places that hold no token."""
-        used = self._corpus.length_S[self._rows.segments].sum()
-        return 1.0 - float(used) / (len(self._rows) * self._config.length)
 
     def __iter__(self) -> "Feed":
         return self
@@ -145,8 +130,10 @@ class Feed:
         first = number * self._config.batch + self._first_row
         for place in range(self.rows_per_host):
             if first + place < len(self._order):
+                number_of_row = self._order[first + place]
+                assert number_of_row is not None  # grain's word for a filtered one: there is none
                 row = {name: array[place] for name, array in batch.items()}
-                self._fill(row, int(self._order[first + place] or 0))
+                self._fill(row, int(number_of_row))
         return batch
 
     def _fill(self, row: Batch, number: int) -> None:
@@ -159,9 +146,8 @@ class Feed:
             row["tokens"][here] = corpus.tokens_N[first:end]
             row["segment"][here] = place
             row["position"][here] = np.arange(end - first)
-            weight_2 = self._weight_K2[source]
-            row["weight"][here] = weight_2[corpus.answer_N[first:end].astype(np.int8)]
-            row["weight"][begin] = 0.0
+            learnt = corpus.learnt_N[first + 2 : end].astype(np.int8)
+            row["weight"][begin + 1 : here.stop - 1] = self._weight_K2[source, learnt]
             row["source"][here] = source
             row["index"][here] = np.arange(first, end)
             begin = here.stop

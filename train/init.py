@@ -17,30 +17,80 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jax_eagle import Draft, Target
+from jax_eagle import Draft, Target, load_draft
 from jax_eagle.config import ConfigError, DraftConfig, Llama4Attention, LlamaConfig
 from jax_eagle.eagle import abstract_draft_params, init_draft_params
+from jax_eagle.load import taps_fit
 from jax_eagle.sharding import param_shardings
 
-from .config import DraftSettings
+from .config import DraftSettings, TrainConfig
 from .step import RUNNING, Batch, TrainState, unpack_teaching
 
+FROM_SCRATCH = ("ridge", "random")
+"""Values of `draft.start` that name no folder."""
 RIDGE = 1e-3
 """Relative to the mean of the regression's diagonal."""
 LAYER_OUTPUT = 0.1
 """Size of the layers' output kernels relative to the normal start."""
 
 
+def check_target(config: TrainConfig, target: LlamaConfig) -> None:
+    """Raises ConfigError if a run asks for more positions or tokens than the target has."""
+    if config.data.length > target.max_position:
+        raise ConfigError(
+            f"data.length {config.data.length}: the target reads {target.max_position} positions, "
+            "expected at most so many"
+        )
+    num_tokens = config.draft.vocab_size or target.vocab_size
+    if config.loss.logits == "top_k_kl" and config.loss.top_k > num_tokens:
+        raise ConfigError(
+            f"loss.top_k {config.loss.top_k}: the draft knows {num_tokens} tokens, "
+            "expected at most so many"
+        )
+
+
+def draft_to_train(settings: DraftSettings, target: Target) -> tuple[DraftConfig, Draft | None]:
+    """The config of a run's draft in the target's dtype, and what it goes on from.
+
+    Args:
+      target: shapes may stand for its parameters; an embedding in the folder of an EAGLE-3 draft
+        then counts as the draft's own, though it may be the target's.
+
+    Returns:
+      The config, and the draft of the folder in float32; None: from scratch. A draft with the
+      target's head takes any vocabulary: its `draft_to_target` is None if the settings cut it anew.
+
+    Raises:
+      ConfigError, CheckpointError: settings or a folder that do not fit the target.
+    """
+    if settings.start in FROM_SCRATCH:
+        return draft_config(settings, target.config), None
+    given = load_draft(settings.start, target, dtype="float32")
+    config = given.config
+    if not config.own_head and settings.vocab_size not in (None, config.draft_vocab_size):
+        config = dataclasses.replace(config, draft_vocab_size=settings.vocab_size)
+        given = given.replace(draft_to_target=None)
+    layer = dataclasses.replace(config.layer, dtype=target.config.dtype)
+    config = dataclasses.replace(config, layer=layer)
+    return config, given.replace(config=config)
+
+
 def draft_config(settings: DraftSettings, target: LlamaConfig) -> DraftConfig:
     """The config of a draft from scratch.
 
     Raises:
-      ConfigError: more draft tokens than the target has, or a target too shallow for the taps.
+      ConfigError: more draft tokens than the target has, taps that are not distinct layers of it
+        from low to high, or a target too shallow for the usual ones.
     """
     U, num_layers = settings.vocab_size, settings.num_layers
     if U is not None and U > target.vocab_size:
         raise ConfigError(f"vocab_size {U}: the target has {target.vocab_size} tokens")
     if settings.kind == "eagle3":
+        if not taps_fit(settings.taps or (), target.num_layers):
+            raise ConfigError(
+                f"draft.taps {list(settings.taps or ())}: expected distinct layers of the target, "
+                f"low to high, in 0..{target.num_layers - 1}"
+            )
         return DraftConfig.eagle3_for_target(
             target, num_layers=num_layers, taps=settings.taps, draft_vocab_size=U
         )

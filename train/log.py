@@ -4,7 +4,9 @@ All figures come as floats of the host, so nothing here waits for the device. A 
 from a checkpoint first forgets what it had logged behind it: no step stands in the files twice.
 """
 
+import datetime
 import json
+import math
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -59,6 +61,8 @@ class Log:
             TextColumn("{task.description}"),
             TimeRemainingColumn(),
             console=console,
+            # Steps of a large run are minutes apart; rich keeps the last thousand calls of `step`.
+            speed_estimate_period=math.inf,
         )
         self._task = self._progress.add_task("", total=num_steps, completed=step)
 
@@ -87,7 +91,9 @@ class Log:
             shown += f", {figures['peak_share']:.0%} of peak"
         self._progress.update(self._task, completed=step, description=shown)
         if not self._progress.console.is_terminal:  # where a bar would not be seen
-            self.say(f"step {step}: {shown}")
+            left = self._progress.tasks[self._task].time_remaining
+            ending = f", {datetime.timedelta(seconds=left)} left" if left else ""
+            self.say(f"step {step}: {shown}{ending}")
         self._write(step, tokens, {**figures, **metrics})
 
     def evaluation(self, step: int, tokens: int, evaluation: Evaluation) -> None:

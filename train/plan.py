@@ -19,7 +19,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jax_eagle import Target, hub, load_draft
+from jax_eagle import Target, hub
 from jax_eagle.checkpoint import gguf, hf
 from jax_eagle.config import ConfigError, DraftConfig, LlamaConfig
 from jax_eagle.llama import abstract_params
@@ -29,6 +29,7 @@ from pallas_kernels.aot import compile_for_h100, h100_mesh, has_plugin
 
 from . import init
 from .config import TrainConfig
+from .start import check_start, empty_state
 from .step import Batch, TrainState, make_optimizer, make_train_step, step_shardings
 from .teacher import Teacher
 from .throughput import step_flops
@@ -86,9 +87,13 @@ def plan(config: TrainConfig, *, topology: str | None = None) -> Iterator[str]:
     on_gpu = place.described or jax.default_backend() == "gpu"
     dtype = dtype_name(config.dtype or ("bfloat16" if on_gpu else "float32"))
     target = target_config(config.target, dtype)
-    draft = _draft_config(config, target)
+    init.check_target(config, target)
+    shapes = Target(nn.unbox(abstract_params(target)), target)
+    draft, given = init.draft_to_train(config.draft, shapes)
+    if given is not None:
+        check_start(config.draft, draft)
     optimizer = make_optimizer(config, num_steps=1)  # the schedule's length changes no shape
-    state, teacher = abstract_state(config, draft, optimizer), abstract_teacher(target, place)
+    state, teacher = empty_state(config, draft, optimizer), abstract_teacher(target, place)
     yield from _sizes(config, target, draft, state, teacher)
     yield f"compiling the step for {place.mesh.size} x {place.name} ..."
     begin = time.monotonic()
@@ -133,35 +138,7 @@ def target_config(name: str, dtype: str) -> LlamaConfig:
     return hf.read_config(path, dtype=dtype)
 
 
-def _draft_config(config: TrainConfig, target: LlamaConfig) -> DraftConfig:
-    start = config.draft.start
-    if start in ("ridge", "random"):
-        return init.draft_config(config.draft, target)
-    draft = load_draft(start, Target(None, target), dtype="float32").config
-    return dataclasses.replace(draft, layer=dataclasses.replace(draft.layer, dtype=target.dtype))
-
-
 # ---- shapes ----------------------------------------------------------------------------------
-
-
-def abstract_state(
-    config: TrainConfig, draft: DraftConfig, optimizer: optax.GradientTransformation
-) -> TrainState:
-    """Shapes of the state of a step; nothing is allocated."""
-
-    def build():
-        U, D = draft.draft_vocab_size, draft.layer.hidden_size
-        return init.make_state(
-            draft,
-            init.random_params(draft, jax.random.key(0)),
-            jnp.zeros(draft.feature_width + (0 if draft.is_eagle3 else D)),
-            None if U is None else jnp.zeros(U, jnp.int32),
-            optimizer,
-            seed=0,
-            with_average=config.optimizer.ema is not None,
-        )
-
-    return jax.eval_shape(build)
 
 
 def abstract_teacher(config: LlamaConfig, place: Place) -> Teacher:
@@ -225,9 +202,10 @@ def _sizes(
     """Parameters, tokens, FLOPs, and bytes over all devices."""
     c, data = draft.layer, config.data
     yield f"target {config.target}: {_count(teacher):,} parameters, {target.dtype}"
+    embedding = " and the embedding that its folder holds" if draft.own_embedding else ""
     yield (
-        f"draft {config.draft.kind}, {c.num_layers} layers: {_count(state.params):,} parameters, "
-        f"{draft.draft_vocab_size or c.vocab_size:,} tokens"
+        f"draft {config.draft.kind}, {c.num_layers} layers{embedding}: "
+        f"{_count(state.params):,} parameters, {draft.draft_vocab_size or c.vocab_size:,} tokens"
     )
     per_step = data.batch * data.length
     yield f"tokens a step: {data.batch} x {data.length} = {per_step:,}; {_steps(config, per_step)}"

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
 from jax.sharding import Mesh
@@ -46,7 +47,7 @@ class Batch(struct.PyTreeNode):
     position: Int[Array, "B T"]
     weight: Float[Array, "B T"]
     features: Float[Array, "B T E"] | None = None
-    """Kept features (`pack_teaching`); None: the step runs the target."""
+    """Features that were kept (`teach`); None: the step runs the target."""
 
     @property
     def text(self) -> Text:
@@ -84,8 +85,6 @@ class StepOutput(NamedTuple):
     metrics: dict[str, Mean]
     """Figures of the loss [J], and `gradient_norm`."""
     failed: Int[Array, ""]
-    features: Float[Array, "B T E"]
-    """Those of the batch, to be kept."""
 
 
 def make_draft(params: Any, state: TrainState) -> Draft:
@@ -94,6 +93,29 @@ def make_draft(params: Any, state: TrainState) -> Draft:
     folded = params | {"fc": params["fc"] | {"kernel": kernel}}
     params = jax.tree.map(lambda x: x.astype(state.config.layer.dtype), folded)
     return Draft(params, state.draft_to_target, state.config)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def teach(teacher: Teacher, config: DraftConfig, batch: Batch) -> Float[Array, "B T E"]:
+    """The target's features in the form in which they are kept: float16, in one array.
+
+    A run that keeps features gets them here in its first epoch too, so that its steps are the same
+    program on the same numbers whether they come from disk or not.
+    """
+    return pack_teaching(config, teacher(batch.text, config.taps)).astype(jnp.float16)
+
+
+def put_batch(rows: dict[str, np.ndarray], mesh: Mesh | None, features: Any = None) -> Batch:
+    """This process's rows of a batch on the devices."""
+
+    def put(x):
+        if mesh is None:
+            return jnp.asarray(x)
+        return jax.make_array_from_process_local_data(named_sharding(mesh, "batch"), x)
+
+    names = "tokens", "segment", "position", "weight"
+    kept = None if features is None else put(features)
+    return Batch(**{name: put(rows[name]) for name in names}, features=kept)
 
 
 def pack_teaching(config: DraftConfig, teaching: Teaching) -> jax.Array:
@@ -141,8 +163,7 @@ def make_train_step(
 ) -> Callable[[TrainState, Teacher, Batch], tuple[TrainState, StepOutput]]:
     """The jitted step: (state, teacher, batch) -> (state, output). Donates the state.
 
-    Features are those of the batch if it has any, otherwise the target's; a run that keeps them
-    rounds them to float16 first, so both ways train on the same numbers.
+    Features are those of the batch if it has any, otherwise the target's, which runs in the step.
 
     Args:
       jit_options: further arguments of `jax.jit`, such as `out_shardings`.
@@ -151,7 +172,7 @@ def make_train_step(
     @functools.partial(jax.jit, donate_argnums=0, **jit_options)
     def train_step(state: TrainState, teacher: Teacher, batch: Batch):
         key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
-        gradients, metrics, features = accumulated_gradients(config, state, teacher, batch, key)
+        gradients, metrics = accumulated_gradients(config, state, teacher, batch, key)
         norm = optax.tree.norm(gradients)
         metrics["gradient_norm"] = Mean(norm, jnp.ones_like(norm))
         finite = jnp.isfinite(norm) & jnp.all(jnp.isfinite(metrics["loss"].sum))
@@ -159,53 +180,46 @@ def make_train_step(
         updated = _updated(state, gradients, optimizer, config.optimizer.ema)
         kept = jax.tree.map(lambda new, old: jnp.where(good, new, old), updated, state)
         failed = jnp.where(finite | (state.failed != RUNNING), state.failed, state.step)
-        return kept.replace(failed=failed), StepOutput(metrics, failed, features)
+        return kept.replace(failed=failed), StepOutput(metrics, failed)
 
     return train_step
 
 
-def step_shardings(state: TrainState, mesh: Mesh) -> tuple[TrainState, StepOutput]:
+def step_shardings(state: TrainState, mesh: Mesh) -> tuple[TrainState, Any]:
     """Where a step leaves its results: the state as it lies, what the host reads everywhere."""
-    whole: Any = named_sharding(mesh)
-    by_batch: Any = named_sharding(mesh, "batch")
-    return jax.tree.map(lambda x: x.sharding, state), StepOutput(whole, whole, by_batch)
+    return jax.tree.map(lambda x: x.sharding, state), named_sharding(mesh)
 
 
 def accumulated_gradients(
     config: TrainConfig, state: TrainState, teacher: Teacher, batch: Batch, key: jax.Array
-) -> tuple[Any, dict[str, Mean], jax.Array]:
-    """Gradients of the whole batch's mean loss, part by part; metrics; features to keep."""
+) -> tuple[Any, dict[str, Mean]]:
+    """Gradients of the whole batch's mean loss, part by part; metrics."""
     num_parts = config.optimizer.accumulate
     weight_BTJ = pass_weights(config, batch)
     count_J = jnp.sum(weight_BTJ, axis=(0, 1))
     scale_J = 1.0 / jnp.maximum(count_J, 1e-6)
 
     def of_part(batch, key):
-        teaching = _teaching(config, state, teacher, batch)
+        teaching = _teaching(state, teacher, batch)
 
         def loss_of(params):
             return _loss(config, params, state, teacher.base, batch, teaching, scale_J, key)
 
-        gradients, metrics = jax.grad(loss_of, has_aux=True)(state.params)
-        return (gradients, metrics), pack_teaching(state.config, teaching)
+        return jax.grad(loss_of, has_aux=True)(state.params)
 
     if num_parts == 1:
-        (gradients, metrics), features = of_part(batch, key)
-        return gradients, metrics, features
+        return of_part(batch, key)
 
     def split(x):  # row b is in part b % parts: a batch that is cut over devices stays so
         return jnp.moveaxis(jnp.reshape(x, (-1, num_parts, *x.shape[1:])), 1, 0)
 
     def step(sums, part):
-        more, features = of_part(*part)
-        return jax.tree.map(jnp.add, sums, more), features
+        return jax.tree.map(jnp.add, sums, of_part(*part)), None
 
     parts = jax.tree.map(split, batch), jax.random.split(key, num_parts)
-    shapes, _ = jax.eval_shape(of_part, *jax.tree.map(lambda x: x[0], parts))
+    shapes = jax.eval_shape(of_part, *jax.tree.map(lambda x: x[0], parts))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    (gradients, metrics), features = jax.lax.scan(step, zeros, parts)
-    joined = jnp.moveaxis(features, 0, 1)
-    return gradients, metrics, jnp.reshape(joined, (-1, *joined.shape[2:]))
+    return jax.lax.scan(step, zeros, parts)[0]
 
 
 def pass_weights(config: TrainConfig, batch: Batch) -> Float[Array, "B T J"]:
@@ -214,15 +228,12 @@ def pass_weights(config: TrainConfig, batch: Batch) -> Float[Array, "B T J"]:
     return jnp.where(deep_enough, batch.weight[:, :, None], 0.0)
 
 
-def _teaching(config: TrainConfig, state: TrainState, teacher: Teacher, batch: Batch) -> Teaching:
-    """The target's features, kept or computed."""
+def _teaching(state: TrainState, teacher: Teacher, batch: Batch) -> Teaching:
+    """The target's features, given or computed."""
+    if batch.features is None:
+        return teacher(batch.text, state.config.taps)
     dtype = jnp.dtype(teacher.base.config.dtype)
-    if batch.features is not None:
-        return unpack_teaching(state.config, batch.features.astype(dtype))
-    teaching = teacher(batch.text, state.config.taps)
-    if config.data.keep_features_gb:
-        teaching = Teaching(*(x.astype(jnp.float16).astype(dtype) for x in teaching))
-    return teaching
+    return unpack_teaching(state.config, batch.features.astype(dtype))
 
 
 def _loss(

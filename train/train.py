@@ -17,10 +17,9 @@ from jax_eagle.program import run_program
 
 from .batch_view import show_batch
 from .config import TrainConfig, load_config
-from .corpus import build_corpus
 from .feed import Feed
 from .plan import plan
-from .trainer import run
+from .trainer import corpus_of, run
 
 
 def main(
@@ -61,12 +60,8 @@ def main(
 
 def _show_first_batch(config: TrainConfig) -> None:
     target = load_target(config.target, dtype=config.dtype)
-    tokenizer = target.require_tokenizer()
-    corpus = build_corpus(
-        config.data, tokenizer, vocab_size=target.config.vocab_size,
-        stop_token_ids=target.config.stop_token_ids, folder=Path(config.run) / "corpus",
-    )  # fmt: skip
-    show_batch(next(Feed(corpus, config.data, seed=config.seed)), tokenizer, Console())
+    feed = Feed(corpus_of(config, target), config.data, seed=config.seed)
+    show_batch(next(feed), target.require_tokenizer(), Console())
 
 
 if __name__ == "__main__":

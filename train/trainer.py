@@ -3,12 +3,13 @@
 The host prepares batches and hands them to the device; it looks at what a step returned only when
 `_LAG` more are under way, so the device never waits. Everything that a run depends on is in its
 checkpoints and its corpus: killed at any step and resumed, it ends bit-identical.
+
+One process trains, on all the devices of the config's mesh.
 """
 
 import collections
 import dataclasses
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_eagle import Target, load_draft, load_target
-from jax_eagle.config import DraftConfig
-from jax_eagle.sharding import make_mesh, named_sharding
+from jax_eagle import Target, load_target
+from jax_eagle.config import ConfigError, DraftConfig
+from jax_eagle.prompts import SUITES
+from jax_eagle.sharding import make_mesh
 
 from . import checkpoint, init
 from .checkpoint import Checkpoints, Progress
@@ -28,10 +30,11 @@ from .evaluate import Evaluation, Evaluator, evaluation_prompts
 from .export import export
 from .features import FeatureStore, fingerprint
 from .feed import Feed
-from .log import Log
+from .log import Log, read_metrics
 from .loss import Mean
-from .plot import plot
+from .plot import PLOT, plot
 from .report import Effort, write_card
+from .start import empty_state, first_state, for_dtype, placed
 from .step import (
     RUNNING,
     Batch,
@@ -39,8 +42,9 @@ from .step import (
     TrainState,
     make_optimizer,
     make_train_step,
-    pack_teaching,
+    put_batch,
     step_shardings,
+    teach,
 )
 from .stopping import StopSignal
 from .teacher import Teacher
@@ -50,7 +54,7 @@ _LAG = 2
 """Steps that are under way while the host reads what an earlier one returned."""
 
 
-class TrainingError(RuntimeError):
+class TrainingError(ValueError):
     """A run that cannot go on; what was reached is saved."""
 
 
@@ -72,7 +76,7 @@ def run(
       ConfigError, CheckpointError: what is given cannot be used, or a checkpoint not written.
       TrainingError: a loss that is not finite; the last good state is saved.
     """
-    with Trainer(config, target=target, resume=resume) as trainer:
+    with StopSignal() as stop, Trainer(config, target=target, resume=resume, stop=stop) as trainer:
         return trainer.finish() if trainer.train(stop_at) else {}
 
 
@@ -84,37 +88,40 @@ class Pending:
     before: tuple[dict[str, Any], int]
     """Position of the feed and tokens seen before the step."""
     tokens: int
-    batch: dict[str, np.ndarray]
+    rows: dict[str, np.ndarray]
     output: StepOutput
-    new_features: bool
+    features: jax.Array | None
+    """Of the rows, if they are to be kept."""
 
 
 class Trainer:
     """What a run works with; use it as a context manager."""
 
-    def __init__(self, config: TrainConfig, *, target: Target | None, resume: bool):
-        self.config, self.folder = config, Path(config.run)
-        self._open_folder(resume)
+    def __init__(
+        self, config: TrainConfig, *, target: Target | None, resume: bool, stop: StopSignal
+    ):
+        self.config, self.folder, self._stop = config, Path(config.run), stop
+        resumes = self._open_folder(resume)
         target = load_target(config.target, dtype=config.dtype) if target is None else target
+        init.check_target(config, target.config)
         self._tokenizer = target.require_tokenizer()
-        self.corpus = _corpus(config, target, self.folder)
-        self.target = _placed(config, target)
-        self.teacher = Teacher.of(self.target)
-        self.feed = Feed(
-            self.corpus, config.data, seed=config.seed,
-            process_index=jax.process_index(), process_count=jax.process_count(),
-        )  # fmt: skip
+        self.corpus = corpus_of(config, target)
+        self._target_hash = fingerprint(target, self.corpus.fingerprint)
+        self.teacher = Teacher.of(_placed(config, target))
+        del target  # its layers are stacked in the teacher: one copy is enough
+        self.feed = Feed(self.corpus, config.data, seed=config.seed)
         self.num_steps = self.feed.num_batches
         self.optimizer = make_optimizer(config, self.num_steps)
         self.checkpoints = Checkpoints(self.folder, config.checkpoint)
         self.seconds, self.tokens = 0.0, 0
-        self.state = self._restored() if self._resumes else self._first_state()
+        self.state = self._restored() if resumes else self._first_state()
         self.store = self._feature_store()
         self.evaluator = self._evaluator()
-        self.train_step = make_train_step(config, self.optimizer, **self._jit_options())
+        self.train_step = self._train_step()
         self.log = self._log()
         self._position = self.feed.state()
         self._window: dict[str, Mean] = {}
+        self._pending: collections.deque[Pending] = collections.deque()
 
     def __enter__(self) -> "Trainer":
         self.log.__enter__()
@@ -124,122 +131,56 @@ class Trainer:
 
     def __exit__(self, *reason: Any) -> None:
         self.log.__exit__(*reason)
-        self.checkpoints.close()
+        self.feed.close()
         if self.store is not None:
             self.store.close()
+        self.checkpoints.close()
 
     # ---- beginning ------------------------------------------------------------------------------
 
-    def _open_folder(self, resume: bool) -> None:
-        begun = (self.folder / "config.yaml").is_file()
-        folders = (self.folder / "checkpoints").glob("*")
+    def _open_folder(self, resume: bool) -> bool:
+        """Whether the run goes on from a checkpoint."""
+        folders = (self.folder / checkpoint.LATEST).glob("*")
         saved = any(path.name.isdigit() for path in folders)  # others were not finished
-        if resume and begun:
+        if resume and (self.folder / "config.yaml").is_file():
             checkpoint.check_config(self.config, self.folder)
         elif saved:
-            raise checkpoint.ConfigError(
+            raise ConfigError(
                 f"{self.folder}: holds a run already; --resume it, or name another folder"
             )
         else:
             checkpoint.save_config(self.config, self.folder)
-        self._resumes = resume and saved
+        return resume and saved
+
+    def _first_state(self) -> TrainState:
+        return first_state(self.config, self.teacher, self.corpus, self.feed, self.optimizer)
 
     def _restored(self) -> TrainState:
         progress = self.checkpoints.progress()
-        if progress.corpus != self.corpus.fingerprint:
-            raise checkpoint.ConfigError(
-                f"{self.folder}: begun with other data; the sources, tokenizer or template changed"
-            )
-        config = _for_dtype(DraftConfig.from_dict(progress.draft), self.target)
-        like = jax.eval_shape(lambda: self._empty_state(config))
-        state, progress = self.checkpoints.restore(self._sharded(like))
+        for what, here in self._identity().items():
+            if getattr(progress, what) != here:
+                raise ConfigError(f"{self.folder}: begun with another {what}; begin another run")
+        base = self.teacher.base
+        draft = for_dtype(DraftConfig.from_dict(progress.draft), base.config.dtype)
+        like = empty_state(self.config, draft, self.optimizer)
+        places = placed(like, self.optimizer, base.backend.mesh)
+        state, progress = self.checkpoints.restore(places)
         self.feed.restore(progress.feed)
         self.seconds, self.tokens = progress.seconds, progress.tokens
         return state
-
-    def _empty_state(self, config: DraftConfig) -> TrainState:
-        U = config.draft_vocab_size
-        ids = None if U is None else jnp.zeros(U, jnp.int32)
-        scale = jnp.zeros(config.feature_width + config.layer.hidden_size * (not config.taps))
-        params = init.random_params(config, jax.random.key(0))
-        return self._state(config, params, scale, ids)
-
-    def _first_state(self) -> TrainState:
-        settings = self.config.draft
-        if settings.start in ("ridge", "random"):
-            config = init.draft_config(settings, self.target.config)
-            ids, given = self._draft_vocabulary(config.draft_vocab_size), None
-        else:
-            given = load_draft(settings.start, self.target, dtype="float32")
-            config, ids = given.config, given.draft_to_target
-            if settings.vocab_size is not None and not config.own_head:
-                # The head is the target's: any cut of it will do.
-                ids = self._draft_vocabulary(settings.vocab_size)
-                config = dataclasses.replace(config, draft_vocab_size=settings.vocab_size)
-        config = _for_dtype(config, self.target)
-        key = jax.random.key(self.config.seed)
-        batches = list(self._with_features(config)) if self._looks_at_data(config) else []
-        scale = init.input_scale(config, self.target, batches)
-        if given is not None:
-            params = init.params_of(given, scale)
-        elif settings.start == "random":
-            params = init.random_params(config, key)
-        else:
-            params = init.ridge_params(config, self.target, ids, scale, batches, key)
-        state = self._state(config, params, scale, ids)
-        return jax.device_put(state, jax.tree.map(lambda x: x.sharding, self._sharded(state)))
-
-    def _looks_at_data(self, config: DraftConfig) -> bool:
-        return self.config.draft.start == "ridge" or config.is_eagle3
-
-    def _draft_vocabulary(self, size: int | None) -> jax.Array | None:
-        """The tokens that the data asks for most often."""
-        if size is None:
-            return None
-        return jnp.asarray(self.corpus.draft_vocabulary(size))
-
-    def _with_features(self, config: DraftConfig) -> Iterator[Batch]:
-        """The first batches of the run with the target's features."""
-        count = max(1, self.config.draft.start_rows // self.config.data.batch)
-        for number in range(min(count, self.num_steps)):
-            batch = self._on_device(self.feed.batch(number), None)
-            teaching = _teach(self.teacher, batch.text, config.taps)
-            kept = pack_teaching(config, teaching).astype(jnp.float16)
-            yield batch.replace(features=kept)
-
-    def _state(self, config: DraftConfig, params, scale, ids) -> TrainState:
-        return init.make_state(
-            config, params, scale, ids, self.optimizer,
-            seed=self.config.seed, with_average=self.config.optimizer.ema is not None,
-        )  # fmt: skip
-
-    def _sharded(self, state: TrainState) -> Any:
-        """Shapes of a state with the devices where its arrays belong."""
-        if self.target.backend.mesh is None:
-            device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-            places = jax.tree.map(lambda _: device, state)
-        else:
-            places = init.state_shardings(state, self.optimizer, self.target.backend.mesh)
-        return jax.tree.map(
-            lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), state, places
-        )
-
-    def _jit_options(self) -> dict[str, Any]:
-        mesh = self.target.backend.mesh
-        return {} if mesh is None else {"out_shardings": step_shardings(self.state, mesh)}
 
     def _feature_store(self) -> FeatureStore | None:
         data, draft = self.config.data, self.state.config
         if not data.keep_features_gb:
             return None
         folder = Path(data.features) if data.features else self.folder / "features"
-        extra = self.target.config.hidden_size if draft.is_eagle3 else 0
+        extra = self.teacher.base.config.hidden_size if draft.is_eagle3 else 0
         return FeatureStore(
             folder,
             self.corpus.num_tokens,
             draft.feature_width + extra,
             max_bytes=int(data.keep_features_gb * 1e9),
-            fingerprint=fingerprint(self.target, self.corpus.fingerprint, draft.taps),
+            fingerprint=f"{self._target_hash} {draft.taps}",
         )
 
     def _evaluator(self) -> Evaluator:
@@ -248,65 +189,83 @@ class Trainer:
         prompts = evaluation_prompts(settings, self._tokenizer, questions)
         return Evaluator(self.teacher.unstacked, prompts, settings)
 
+    def _train_step(self) -> Any:
+        mesh = self.teacher.base.backend.mesh
+        options = {} if mesh is None else {"out_shardings": step_shardings(self.state, mesh)}
+        return make_train_step(self.config, self.optimizer, **options)
+
     def _log(self) -> Log:
-        flops = step_flops(
-            self.config, self.target.config, self.state.config, kept=self.store is not None
-        )
+        base = self.teacher.base
+        flops = step_flops(self.config, base.config, self.state.config, kept=self.store is not None)
+        mesh = base.backend.mesh
         return Log(
             self.folder,
             self.num_steps,
             step=int(self.state.step),
             flops_per_token=flops / (self.config.data.batch * self.config.data.length),
-            peak_flops=measured_peak(self.target.config.dtype) * jax.device_count(),
+            peak_flops=measured_peak(base.config.dtype) * (1 if mesh is None else mesh.size),
         )
 
     # ---- the loop -------------------------------------------------------------------------------
 
     def train(self, stop_at: int | None = None) -> bool:
-        """Steps until the end, `stop_at`, `max_minutes` or SIGTERM; whether it came to its end."""
-        config = self.config
+        """Steps until the end, `stop_at`, `max_minutes` or SIGTERM; whether it came to its end.
+
+        However it ends, the state is saved.
+        """
         end = self.num_steps if stop_at is None else min(stop_at, self.num_steps)
         self._begun, self._saved = time.monotonic() - self.seconds, time.monotonic()
-        self._pending: collections.deque[Pending] = collections.deque()
         step = int(self.state.step)
-        with StopSignal() as stop:
-            if step == 0:  # the first point of the curve; and a tree that cannot be shows here
-                self._evaluate_and_save()
-            while step < end and not stop.received and not self._is_out_of_time():
-                self._one_step(step)
-                step += 1
-                if step % config.evaluation.every == 0 and step < self.num_steps:
-                    self._evaluate_and_save()
-                elif self._save_is_due(step):
-                    self._save()
-            self._drain()
-            self.seconds = self._now()
-            finished = not stop.received and (step == self.num_steps or self._is_out_of_time())
-            if not finished:
+        if step % self.config.evaluation.every == 0 and not self._was_evaluated(step):
+            self._evaluate()  # the first point of the curve; or killed before this was done
+        while step < end and not self._stop.received and not self._is_out_of_time():
+            self._one_step(step)
+            step += 1
+            evaluate = step % self.config.evaluation.every == 0 and step < self.num_steps
+            if evaluate or self._save_is_due(step):
                 self._save()
-                self.checkpoints.wait()
-                self.log.say(f"stopped at step {step}; --resume goes on from there")
-        return finished
+            if evaluate:
+                self._evaluate()
+        self._save()
+        self.checkpoints.wait()
+        self.seconds = self._now()
+        finished = step == self.num_steps or self._is_out_of_time()
+        if self._stop.received or not finished:
+            self.log.say(f"stopped at step {step}; --resume goes on from there")
+            return False
+        return True
 
     def _one_step(self, step: int) -> None:
         before = self._position, self.tokens
         rows = next(self.feed)
         self._position = self.feed.state()
-        kept = None if self.store is None else self.store.read(rows["index"])
         self.tokens += int((rows["segment"] > 0).sum())
-        batch = self._on_device(rows, kept)
+        batch, new_features = self._on_device(rows)
         self.state, output = self.train_step(self.state, self.teacher, batch)
-        jax.tree.map(lambda x: x.copy_to_host_async(), output[:2])
-        self._pending.append(Pending(step + 1, before, self.tokens, rows, output, kept is None))
+        jax.tree.map(lambda x: x.copy_to_host_async(), output)
+        done = Pending(step + 1, before, self.tokens, rows, output, new_features)
+        self._pending.append(done)
         if len(self._pending) > _LAG:
             self._finish_step(self._pending.popleft())
 
+    def _on_device(self, rows: dict[str, np.ndarray]) -> tuple[Batch, jax.Array | None]:
+        """The batch, with its features if the run keeps them; and those that are not kept yet."""
+        mesh = self.teacher.base.backend.mesh
+        if self.store is None:
+            return put_batch(rows, mesh), None
+        kept = self.store.read(rows["index"])
+        batch = put_batch(rows, mesh, kept)
+        if kept is not None:
+            return batch, None
+        features = teach(self.teacher, self.state.config, batch)
+        return batch.replace(features=features), features
+
     def _finish_step(self, done: Pending) -> None:
-        """What the host does with a step's results: keep features, look for failures, log."""
+        """What the host does with a step's results: look for failures, keep features, log."""
         if int(done.output.failed) != RUNNING:
             self._stop_at_failure(done)
-        if self.store is not None and done.new_features:
-            self.store.write(done.batch["index"], np.asarray(done.output.features))
+        if self.store is not None and done.features is not None:
+            self.store.write(done.rows["index"], np.asarray(done.features))
         here = jax.tree.map(np.asarray, done.output.metrics)
         self._window = {
             name: value + self._window[name] if name in self._window else value
@@ -325,27 +284,18 @@ class Trainer:
         self._pending.clear()
         self._position, self.tokens = done.before
         self.state = self.state.replace(failed=jnp.full_like(self.state.failed, RUNNING))
-        segments = np.unique(done.batch["index"][done.batch["segment"] > 0])
         self._save()
         self.checkpoints.wait()
+        index = done.rows["index"][done.rows["segment"] > 0]
+        segments = np.unique(np.searchsorted(self.corpus.start_S, index, side="right") - 1)
+        files = {self.corpus.sources[i].path for i in self.corpus.source_S[segments]}
         raise TrainingError(
-            f"step {done.number}: the loss or its gradient is not finite. The state before it is "
-            f"saved in {self.folder}. Its batch holds the corpus tokens {segments[0]} to "
-            f"{segments[-1]}; a lower learning rate, a longer warm-up or other data may help"
+            f"step {done.number}: the loss or its gradient is not finite, on segments "
+            f"{', '.join(map(str, segments[:8]))}{' ...' if len(segments) > 8 else ''} of "
+            f"{', '.join(sorted(files))}. The state before it is saved in {self.folder}: export it "
+            "with `train.export --which latest`, and begin another run with draft.start and "
+            "a lower learning rate or other data"
         )
-
-    def _on_device(self, rows: dict[str, np.ndarray], features: np.ndarray | None) -> Batch:
-        mesh = self.target.backend.mesh
-        place = None if mesh is None else named_sharding(mesh, "batch")
-
-        def put(x):
-            if place is None:
-                return jnp.asarray(x)
-            return jax.make_array_from_process_local_data(place, x)
-
-        names = "tokens", "segment", "position", "weight"
-        kept = None if features is None else put(features)
-        return Batch(**{name: put(rows[name]) for name in names}, features=kept)
 
     def _now(self) -> float:
         """Seconds of training, over all starts."""
@@ -360,59 +310,75 @@ class Trainer:
         by_time = time.monotonic() - self._saved > 60 * self.config.checkpoint.minutes
         return by_time or (every is not None and step % every == 0)
 
-    def _save(self, evaluation: Evaluation | None = None) -> None:
-        """A checkpoint of the state as it is: the feed stands behind the last batch given."""
-        self._drain()
-        progress = Progress(
+    def _identity(self) -> dict[str, str]:
+        """What must be the same when the run is resumed."""
+        corpus = self.corpus
+        return {
+            "corpus": corpus.fingerprint,
+            "tokenizer": corpus.tokenizer_hash,
+            "target": self._target_hash,
+        }
+
+    def _progress(self) -> Progress:
+        return Progress(
             seconds=self._now(),
             tokens=self.tokens,
             feed=self._position,
             draft=self.state.config.to_dict(),
-            corpus=self.corpus.fingerprint,
-            tokenizer=self.corpus.tokenizer_hash,
+            **self._identity(),
         )
-        best = None if evaluation is None else evaluation.acceptance_length
-        self.checkpoints.save(self.state, progress, best)
+
+    def _save(self) -> None:
+        """A checkpoint of the state as it is: the feed stands behind the last batch given."""
+        self._drain()
+        self.checkpoints.save(self.state, self._progress())
         self._saved = time.monotonic()
 
-    def _evaluate_and_save(self) -> Evaluation:
+    def _was_evaluated(self, step: int) -> bool:
+        name = f"acceptance_length/{self.config.evaluation.trees[0]}"
+        return any(r["step"] == step and name in r for r in read_metrics(self.folder))
+
+    def _evaluate(self) -> Evaluation:
         self._drain()
         begin = time.monotonic()
         evaluation = self.evaluator(self.state.draft())
         self._begun += time.monotonic() - begin  # the seconds are those of training
+        self.checkpoints.save_best(self.state, self._progress(), evaluation.acceptance_length)
         self.log.evaluation(int(self.state.step), self.tokens, evaluation)
-        self._save(evaluation)
         return evaluation
 
     # ---- the end --------------------------------------------------------------------------------
 
     def finish(self) -> dict[str, Any]:
-        """Evaluates, exports the best checkpoint with its card, and draws the plot."""
-        evaluation = self._evaluate_and_save()
-        self.checkpoints.wait()
+        """Evaluates, exports the best draft with its card, and draws the plot."""
+        evaluation = self._evaluate()
         best = self.state.draft()
         if self.checkpoints.best_step() != int(self.state.step):
             best = checkpoint.load_draft(self.folder, which="best", dtype=best.config.layer.dtype)
+            mesh = self.teacher.base.backend.mesh
+            best = best if mesh is None else best.spread(mesh)
             evaluation = self.evaluator(best)
         export(best, Path(self.config.output), "safetensors")
-        plot([self.folder], self.folder / "acceptance.png")
+        plot([self.folder], self.folder / PLOT)
         effort = Effort(
             steps=int(self.state.step),
             tokens=self.tokens,
             seconds=self.seconds,
-            distinct_tokens=self.corpus.num_tokens,
-            source_tokens=[figures["tokens"] for figures in self.corpus.figures],
+            distinct_tokens=self.corpus.num_training_tokens,
+            source_tokens=self.corpus.source_training_tokens,
         )
         return write_card(self.config, best.config, effort, evaluation)
 
 
-def _corpus(config: TrainConfig, target: Target, folder: Path) -> Corpus:
+def corpus_of(config: TrainConfig, target: Target) -> Corpus:
+    """The run's corpus, in its folder; suites that it is evaluated on are held out."""
     return build_corpus(
         config.data,
         target.require_tokenizer(),
         vocab_size=target.config.vocab_size,
         stop_token_ids=target.config.stop_token_ids,
-        folder=folder / "corpus",
+        folder=Path(config.run) / "corpus",
+        held_out=[name for name in config.evaluation.prompts if name in SUITES],
     )
 
 
@@ -424,17 +390,6 @@ def _placed(config: TrainConfig, target: Target) -> Target:
     if m.data * m.fsdp * m.tensor == 1 or backend.mesh is not None:
         return target
     return target.spread(make_mesh(m.tensor, data=m.data, fsdp=m.fsdp))
-
-
-def _for_dtype(draft: DraftConfig, target: Target) -> DraftConfig:
-    """The same draft for passes in the target's dtype."""
-    layer = dataclasses.replace(draft.layer, dtype=target.config.dtype)
-    return dataclasses.replace(draft, layer=layer)
-
-
-@jax.jit(static_argnums=2)
-def _teach(teacher: Teacher, text, taps: tuple[int, ...]):
-    return teacher(text, taps)
 
 
 def _figures(metrics: dict[str, Mean]) -> dict[str, float]:
