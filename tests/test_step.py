@@ -18,7 +18,7 @@ from tests.training import (
     with_features,
 )
 from train.config import DraftSettings, LossConfig
-from train.step import RUNNING, make_draft, make_train_step
+from train.step import RUNNING, Batch, make_draft, make_train_step, pass_weights
 from train.teacher import Teacher, ancestors_of_text
 
 KINDS = {
@@ -151,7 +151,7 @@ def test_a_step_that_is_not_finite_changes_nothing(teacher, batch, step):
     train_step, start = step
     state, _ = train_step(start(), teacher, batch)
     good = jax.tree.map(np.array, state)
-    broken = batch.replace(weight=batch.weight.at[1, 3].set(jnp.nan))
+    broken = batch.replace(weight=batch.weight.at[1, 3].set(jnp.inf))
     state, output = train_step(state, teacher, broken)
     assert int(output.failed) == int(state.failed) == 1
     state, output = train_step(state, teacher, batch)  # the host had not looked yet
@@ -180,3 +180,15 @@ def test_remat_changes_no_gradient(kind, target, teacher, batch, step):
     plain, _ = step[0](jax.tree.map(jnp.copy, state), teacher, batch)
     again, _ = make_train_step(config, optimizer)(state, teacher, batch)
     close(again.opt_state, plain.opt_state, rtol=1e-4)
+
+
+def test_passes_count_where_a_chain_may_have_begun():
+    config = KINDS["eagle3"]
+    weight = jnp.asarray([[0, 1, 2, 1, 0, 1, 1, 1, 1]], jnp.float32)
+    zeros = jnp.zeros(weight.shape, jnp.int32)
+    first, second, third = jnp.unstack(
+        pass_weights(config, Batch(zeros, zeros, zeros, weight)), axis=2
+    )
+    np.testing.assert_array_equal(first, weight)
+    np.testing.assert_array_equal(second[0], [0, 0, 2, 1, 0, 0, 1, 1, 1])
+    np.testing.assert_array_equal(third[0], [0, 0, 0, 1, 0, 0, 0, 1, 1])

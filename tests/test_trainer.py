@@ -126,7 +126,7 @@ def test_a_run_leaves_what_a_user_wants(folder, whole):
     assert {"loss/pass1", "agreement", "gradient_norm", "tokens_per_second"} <= set(records[0])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["eagle", pytest.param("eagle3", marks=pytest.mark.slow)])
 def test_killed_and_resumed_is_bit_identical(folder, kind):
     """kill -9 at a moment that differs from run to run, and once more; then to the end."""
     changes, name = KINDS[kind], f"killed-{kind}"

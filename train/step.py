@@ -223,9 +223,17 @@ def accumulated_gradients(
 
 
 def pass_weights(config: TrainConfig, batch: Batch) -> Float[Array, "B T J"]:
-    """Loss weights of each unrolled pass: pass j needs j + 1 tokens before its row."""
-    deep_enough = batch.position[:, :, None] > jnp.arange(config.loss.unroll)[None, None]
-    return jnp.where(deep_enough, batch.weight[:, :, None], 0.0)
+    """Loss weights of each unrolled pass.
+
+    When decoding, a chain begins at a token that is to be learnt and goes on from there: row i of
+    pass j counts if the j rows before it do. A segment's first row never does.
+    """
+    weights, counts_BT = [], batch.weight > 0
+    for j in range(config.loss.unroll):
+        if j:
+            counts_BT = (batch.weight > 0) & jnp.pad(counts_BT[:, :-1], ((0, 0), (1, 0)))
+        weights.append(jnp.where(counts_BT, batch.weight, 0.0))
+    return jnp.stack(weights, axis=2)
 
 
 def _teaching(state: TrainState, teacher: Teacher, batch: Batch) -> Teaching:
