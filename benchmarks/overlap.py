@@ -16,26 +16,18 @@ from jax_eagle import load_target
 from jax_eagle.program import run_program
 from jax_eagle.prompts import SUITES
 from train.config import load_config
-from train.corpus import build_corpus
 from train.overlap import word_runs
+from train.trainer import corpus_of
 
 
 def main(
     config: Annotated[Path, typer.Option(help="Configuration of the run.")],
-    corpus: Annotated[
-        Path | None, typer.Option(help="Folder of the corpus, made if it is not there.")
-    ] = None,
 ) -> None:
     """Counts benchmark questions that share a run of words with the training segments."""
     settings = load_config(config)
     target = load_target(settings.target)
     tokenizer, words = target.require_tokenizer(), settings.data.overlap_words
-    made = build_corpus(
-        settings.data,
-        tokenizer,
-        vocab_size=target.config.vocab_size,
-        folder=corpus or Path(settings.run) / "corpus",
-    )
+    made = corpus_of(settings, target)
     asked = {
         (name, number): set(word_runs(text, words))
         for name, suite in SUITES.items()

@@ -2,9 +2,6 @@
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -18,6 +15,7 @@ from jax_eagle.config import ConfigError, DraftConfig, LlamaConfig
 from jax_eagle.eagle import init_draft_params
 from jax_eagle.llama import init_params
 from jax_eagle.sharding import Backend, check_divides, make_mesh
+from tests.devices import on_eight_devices
 
 CONFIG = LlamaConfig(
     vocab_size=32, hidden_size=32, intermediate_size=48, num_layers=1, num_heads=16, num_kv_heads=8,
@@ -50,16 +48,7 @@ def test_kernels_give_the_text_of_the_reference():
 
 
 def test_eight_devices_give_the_text_of_one():
-    """In a process of its own: the number of devices is fixed when JAX starts."""
-    root = Path(__file__).parents[1]
-    done = subprocess.run(
-        [sys.executable, __file__],
-        env=os.environ
-        | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONPATH": str(root)},
-        capture_output=True, text=True, cwd=root,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    texts = json.loads(done.stdout)
+    texts = on_eight_devices(__file__)
     assert texts["plain on eight"] == texts["kernels on eight"] == texts["one"]
 
 

@@ -7,10 +7,6 @@ nothing but rounding the single parameter may move otherwise.
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +16,7 @@ import pytest
 from jax_eagle import Target, generate
 from jax_eagle.llama import init_params
 from jax_eagle.sharding import Backend, make_mesh, named_sharding
+from tests.devices import on_eight_devices
 from tests.training import CONFIG, first_state, make_batch, make_config
 from train import init
 from train.config import DraftSettings, LossConfig
@@ -44,16 +41,7 @@ CASES = [*(("eagle", mesh) for mesh in MESHES), ("eagle3", "2x2x2")]
 
 @pytest.fixture(scope="module")
 def figures():
-    """In a process of its own: the number of devices is fixed when JAX starts."""
-    root = Path(__file__).parents[1]
-    done = subprocess.run(
-        [sys.executable, __file__],
-        env=os.environ
-        | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONPATH": str(root)},
-        capture_output=True, text=True, cwd=root,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return on_eight_devices(__file__)
 
 
 @pytest.mark.parametrize("kind, mesh", CASES)

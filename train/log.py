@@ -1,7 +1,7 @@
 """What a run shows while it trains: a progress bar, metrics.jsonl and TensorBoard.
 
 All figures come as floats of the host, so nothing here waits for the device. A run that goes on
-from a checkpoint first forgets what it had logged behind it: no step stands in the files twice.
+from a checkpoint first forgets what it had logged behind it: no training step stands there twice.
 """
 
 import datetime

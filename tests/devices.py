@@ -1,0 +1,19 @@
+"""Eight host devices: their number is fixed when JAX starts, so they take their own process."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def on_eight_devices(file: str) -> Any:
+    """What a test file prints as JSON when it is run as a program with eight devices."""
+    root = Path(__file__).parents[1]
+    many = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONPATH": str(root)}
+    done = subprocess.run(
+        [sys.executable, file], env=os.environ | many, capture_output=True, text=True, cwd=root
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
