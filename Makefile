@@ -57,7 +57,7 @@ check: $(DEV) ## check format, lint, types and import directions
 	@$(BIN)/lint-imports --no-logo
 
 aot: $(AOT)/.installed ## compile for a described H100, without a GPU; check registers, memory, collectives
-	@PYTHONPATH=$(AOT) $(BIN)/python -m pytest -m aot tests/test_aot.py tests/test_aot_train.py $(ARGS)
+	@PYTHONPATH=$(AOT) $(BIN)/python -m pytest -m aot tests/test_aot.py tests/test_aot_matmul.py tests/test_aot_train.py $(ARGS)
 
 bench: $(RUN) ## measure speed with and without speculation
 	@$(BIN)/jax-eagle bench $(ARGS)
