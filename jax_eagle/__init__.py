@@ -9,11 +9,11 @@ pytree fields:
     D  model width                         P  pages in the pool
     F  feed-forward or feature width       C  tokens per page (page_size)
     V  target vocabulary                   U  draft vocabulary
-    N  query heads                         K  KV heads
+    N  query heads                         K  KV heads, or experts of a token
     G  query heads per KV head             H  head dimension
-    R  pages per sequence                  L  layers
+    R  pages per sequence, rows of tiles   L  layers
     X  tree keys (scratch and new ones), or any other list of nodes or blocks
-    E  entries of a short list: expanded nodes, stop ids
+    E  experts, or entries of a short list: expanded nodes, stop ids
     O  tokens of the output          J  columns of a weight block
 
 Start reading at `generate.py`.

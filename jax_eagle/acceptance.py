@@ -30,6 +30,7 @@ from jaxtyping import Array, Float, Int
 from .draft import Draft
 from .generate import generate, generate_stream
 from .llama import Target
+from .sharding import rows_per_rank
 from .tree import chain_tree, parse_tree
 from .unroll import Text, unroll
 
@@ -189,7 +190,11 @@ def decode_acceptance(
     results = {}
     for tree in trees:
         platform = jax.default_backend()
-        shapes = [parse_tree(tree, batch=len(rows), platform=platform) for rows in batches]
+        mesh = target.backend.mesh
+        shapes = [
+            parse_tree(tree, batch=rows_per_rank(len(rows), mesh), platform=platform)
+            for rows in batches
+        ]
         N, depth = len(prompts), max(shape.max_depth for shape in shapes)
         ranks = max(shape.max_children for shape in shapes)
         gained, rounds = np.zeros(N, np.int64), np.zeros(N, np.int64)

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.tree_attention import tree_attention
 
-from .cache import KV, PagedCache
+from .cache import KV, PagedCache, as_cached
 from .config import LlamaConfig
 from .layers import Linear, apply_rope, scale_queries, unit_rms
 from .sharding import TENSOR, Backend
@@ -69,23 +69,24 @@ class Attention(nn.Module):
         c = self.config
         D, N, K, H = c.hidden_size, c.num_heads, c.num_kv_heads, c.head_dim
         inputs = (self.input_width or D,)
+        linear = functools.partial(
+            Linear,
+            use_bias=c.attention_bias,
+            stored=c.stored("attention", self.layer),
+            backend=self.backend,
+        )
         with jax.named_scope("qkv"):
-            q_BMNH = Linear(
-                inputs, (N, H), ("embed", "heads", "head_dim"), c.attention_bias, name="q"
-            )(x_BMD)
+            q_BMNH = linear(inputs, (N, H), ("embed", "heads", "head_dim"), name="q")(x_BMD)
             k_BMKH, v_BMKH = (
-                Linear(inputs, (K, H), ("embed", "kv_heads", "head_dim"), c.attention_bias, name=n)(
-                    x_BMD
-                )
+                linear(inputs, (K, H), ("embed", "kv_heads", "head_dim"), name=n)(x_BMD)
                 for n in "kv"
             )
             q_BMNH, k_BMKH = self._encode(q_BMNH, k_BMKH, rope, view.position)
+            k_BMKH, v_BMKH = (as_cached(x, c.kv_dtype) for x in (k_BMKH, v_BMKH))
         with jax.named_scope("tree_attention"):
             out_BMNH = self._attend(q_BMNH, k_BMKH, v_BMKH, view)
         with jax.named_scope("output"):
-            out_BMD = Linear(
-                (N, H), (D,), ("heads", "head_dim", "embed"), c.attention_bias, name="o"
-            )(out_BMNH)
+            out_BMD = linear((N, H), (D,), ("heads", "head_dim", "embed"), name="o")(out_BMNH)
         return out_BMD, k_BMKH, v_BMKH
 
     def _encode(self, q_BMNH, k_BMKH, rope, position_BM):
@@ -121,20 +122,19 @@ class Attention(nn.Module):
         )
         # XLA cuts the reference by itself; what it cannot see into runs on each device.
         if self.backend.mesh is not None and self.backend.attention != "reference":
-            attend = _over_heads(attend, self.backend.mesh)
+            attend = _over_heads(attend, self.backend)
         return attend(q_BMNH, k_tree, v_tree, *pages, length_B, view.mask, first_BM=view.first)
 
 
-def _over_heads(attend, mesh):
+def _over_heads(attend, backend: Backend):
     """`attend` on each device of the mesh, for the heads that lie there. No cache scales yet."""
     heads, pages = P(None, None, TENSOR, None), P(None, TENSOR, None, None)
 
     def call(*arrays, first_BM):
-        return jax.shard_map(
+        return backend.on_each_device(
             lambda first_BM, *arrays: attend(*arrays, first_BM=first_BM),
-            mesh=mesh,
-            in_specs=(P(), heads, heads, heads, pages, pages, P(), P(), P()),
-            out_specs=heads,
+            (P(), heads, heads, heads, pages, pages, P(), P(), P()),
+            heads,
             check_vma=False,  # the kernels do not say how their outputs vary
         )(first_BM, *arrays)
 

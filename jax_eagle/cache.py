@@ -4,6 +4,9 @@ The pools of all layers are one array [layers * pages, kv_heads, page_size, head
 the ids `page_table + l * pages`. Page 0 of each layer is the trash page: table entries that nobody
 reserved point there, and rows that must not be written go there. Nothing reads behind `length`, so
 its content never matters (tests fill it with NaN).
+
+Each rank of a mesh's data axis has pools, page ids and trash pages of its own, one rank's pools
+behind the other's: functions that use page ids see those of one rank alone (`sharding.over_data`).
 """
 
 import jax
@@ -13,7 +16,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from .config import LlamaConfig
-from .sharding import page_sharding
+from .sharding import data_size, page_sharding
 
 
 class KV(struct.PyTreeNode):
@@ -61,16 +64,36 @@ def init_cache(
     page_size: int,
     mesh: Mesh | None = None,
 ) -> PagedCache:
-    """An empty cache for `config` with `num_pages` pages a layer (page 0 is the trash page)."""
-    shape = (config.num_layers * num_pages, config.num_kv_heads, page_size, config.head_dim)
+    """An empty cache for `config` with `num_pages` pages a layer (page 0 is the trash page).
+
+    On a mesh each rank of the data axis has that many.
+    """
+    num_pages *= config.num_layers * data_size(mesh)
+    shape = (num_pages, config.num_kv_heads, page_size, config.head_dim)
     device = None if mesh is None else page_sharding(mesh)
     return PagedCache(
-        k_pages=jnp.zeros(shape, config.dtype, device=device),
-        v_pages=jnp.zeros(shape, config.dtype, device=device),
+        k_pages=jnp.zeros(shape, config.kv_dtype or config.dtype, device=device),
+        v_pages=jnp.zeros(shape, config.kv_dtype or config.dtype, device=device),
         page_table=page_table_BR,
         length=jnp.zeros(page_table_BR.shape[0], jnp.int32),
         num_layers=config.num_layers,
     )
+
+
+def as_cached(x: Float[Array, "*shape"], dtype: str | None) -> Float[Array, "*shape"]:
+    """New keys or values as pages of `dtype` will hold them, in their own dtype.
+
+    In one run a node reads its ancestors from the tree, in another from the pages: so what a tree
+    attends to is rounded first. XLA may drop a conversion to fewer bits and back, so the rounding
+    to e4m3 is spelt out: four significant bits, multiples of 2^-9 below 2^-6, at most 448.
+    """
+    if dtype is None:
+        return x
+    assert dtype == "float8_e4m3fn"
+    x32 = jnp.clip(x.astype(jnp.float32), -448.0, 448.0)
+    normal = jax.lax.reduce_precision(x32, exponent_bits=8, mantissa_bits=3)
+    small = jnp.round(x32 * 2.0**9) * 2.0**-9
+    return jnp.where(jnp.abs(x32) < 2.0**-6, small, normal).astype(x.dtype)
 
 
 def commit(

@@ -14,15 +14,19 @@ from . import hub, terminal
 from .compilation_cache import enable_compilation_cache
 from .demo import NO_TOKENIZER, chat_prompt
 from .demo import demo as run_demo
+from .deployment import is_deployment, read_deployment, read_mesh
 from .draft import Draft
 from .generate import generate as run_generate
 from .generate import generate_stream
 from .inspection import inspect as describe
+from .inspection import plan_lines
 from .llama import Target
 from .load import load_draft, load_target
+from .planning import make_plan
 from .program import DEBUG_VARIABLE, run_program
 from .report import BenchOptions, read_prompts
 from .report import bench as run_bench
+from .roofline import ACCELERATORS
 from .sampling import SamplingParams
 from .tree import parse_tree
 
@@ -56,6 +60,7 @@ All trees give the same text.
   jax-eagle generate --model ./llama --draft ./eagle --prompt "Hello"
   jax-eagle generate --model ./llama --draft none --prompt-ids 1,2,3
   jax-eagle inspect smollm2-135m-instruct-eagle --target smollm2-135m-instruct
+  jax-eagle inspect configs/llama_3_3_70b.yaml --mesh 8
   jax-eagle bench --tree chain:3 --tree static:8 --json > bench.json
 """.replace("\\b", "\b")
 
@@ -185,7 +190,9 @@ def download(
 
 @app.command()
 def inspect(
-    name: Annotated[str, typer.Argument(help="A target or a draft: a name or a path.")],
+    name: Annotated[
+        str, typer.Argument(help="A target or a draft: a name or a path; or a server's YAML file.")
+    ],
     target: Annotated[
         str | None, typer.Option(help="Check that the draft fits this target.")
     ] = None,
@@ -199,13 +206,38 @@ def inspect(
     smoke: Annotated[
         bool, typer.Option(help="With --target: decode a few prompts and tell the acceptance.")
     ] = True,
+    mesh: Annotated[
+        str | None,
+        typer.Option(
+            help="Plan for so many devices: 8, or data=2,tensor=4; default: as the YAML file says."
+        ),
+    ] = None,
+    device: Annotated[
+        Literal["h100", "h200"], typer.Option(help="Of a plan: what the devices are.")
+    ] = "h100",
+    memory_gb: Annotated[
+        float | None, typer.Option(min=0.1, help="Of a plan: of one device; default: as sold.")
+    ] = None,
 ) -> None:
     """Load a target or a draft and print its config, parameters, tensors and cache size.
 
-    With a target, also the acceptance length of the draft on a few prompts.
+    With a target, also the acceptance length of the draft on a few prompts. With a mesh, or for a
+    server's file, nothing is loaded: bytes on each device, room for the cache, and the least time
+    of a round, from shapes alone; exit code 2 if it does not fit.
     """
-    fitted = load_target(target) if target else None
-    for line in describe(name, target=fitted, numbering=read_numbering, smoke=smoke):
+    if mesh is not None or memory_gb is not None or is_deployment(name):
+        if target is not None or read_numbering is not None:
+            raise ValueError("a plan loads nothing: leave out --target and --read-numbering")
+        deployment, accelerator = read_deployment(name), ACCELERATORS[device]
+        devices = deployment.mesh if mesh is None else read_mesh(mesh)
+        memory = accelerator.memory if memory_gb is None else memory_gb * 1e9
+        plan = make_plan(deployment, devices, accelerator, memory)
+        plan.check()
+        lines = plan_lines(plan)
+    else:
+        fitted = load_target(target) if target else None
+        lines = describe(name, target=fitted, numbering=read_numbering, smoke=smoke)
+    for line in lines:
         print(line)
 
 

@@ -6,12 +6,19 @@ place where defaults live.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 LLAMA4 = "llama4_text"
 """Hugging Face's model type of the text part of Llama 4."""
-_ARCHITECTURES = {"llama": "LlamaForCausalLM", LLAMA4: "Llama4ForCausalLM"}
+_MULTIMODAL = "llama4"
+"""Its model type of the whole, whose "text_config" describes the text part."""
+_ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    LLAMA4: "Llama4ForCausalLM",
+    _MULTIMODAL: "Llama4ForConditionalGeneration",
+}
 _LLAMA4_DEFAULTS = {  # of Hugging Face's class: what a config.json may leave out
     "num_key_value_heads": 8,
     "head_dim": 128,
@@ -20,6 +27,8 @@ _LLAMA4_DEFAULTS = {  # of Hugging Face's class: what a config.json may leave ou
     "max_position_embeddings": 131072,
     "moe_layers": None,
     "interleave_moe_layer_step": 1,
+    "num_local_experts": 16,
+    "num_experts_per_tok": 1,
     "no_rope_layers": None,
     "no_rope_layer_interval": 4,
     "attention_chunk_size": 8192,
@@ -70,8 +79,143 @@ class Llama4Attention:
 
 
 @dataclasses.dataclass(frozen=True)
+class MoE:
+    """Layers of Llama 4 with a router, experts of which each token takes a few, and a shared one.
+
+    The dense layers between them have the width `LlamaConfig.intermediate_size`.
+    """
+
+    num_experts: int
+    experts_per_token: int
+    layers: tuple[int, ...]
+    """Layers with experts; the others are dense."""
+    intermediate_size: int
+    """Of each expert, and of the shared one."""
+
+    def __post_init__(self):
+        if not 1 <= self.experts_per_token <= self.num_experts:
+            raise ConfigError(
+                f"{self.experts_per_token} experts per token: expected 1 to {self.num_experts}, "
+                "the number of experts"
+            )
+
+
+STORED_DTYPES = {"fp8": "float8_e4m3fn", "int8": "int8", "int4": "uint8"}
+"""How weights may be stored, and in which arrays: of int4, two values a byte."""
+_GROUPS = ("experts", "mlp", "attention", "head")
+_QUANT_METHOD = "jax_eagle"
+"""Under which config.json says, in Hugging Face's "quantization_config", that weights are stored
+as `Quantization` has it."""
+KV_DTYPES = {"auto": None, "fp8": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn"}
+"""Names of `LlamaConfig.kv_dtype` (vLLM's); None: that of the model."""
+
+
+class Stored(NamedTuple):
+    """How the kernel of one linear map is stored, beside its scales in float32."""
+
+    scheme: str
+    group_size: int
+    """int4: the inputs that share a scale, as far as they divide."""
+
+    @property
+    def dtype(self) -> str:
+        """Of the kernel."""
+        return STORED_DTYPES[self.scheme]
+
+    def kernel_shape(self, in_shape: tuple[int, ...], out_shape: tuple[int, ...]):
+        """[in..., out...], of int4 the last input axis halved."""
+        *outer, last = in_shape
+        return *outer, last // 2 if self.scheme == "int4" else last, *out_shape
+
+    def groups(self, num_inputs: int) -> int:
+        """Scales of one output: one, or one for each group of inputs.
+
+        A group is the largest part of `group_size` that divides the inputs: 64 of 576.
+
+        Raises:
+          ConfigError: groups that are no multiple of 32, which the kernels cannot read.
+        """
+        if self.scheme != "int4":
+            return 1
+        size = math.gcd(self.group_size, num_inputs)
+        if size % 32:
+            raise ConfigError(
+                f"int4 in groups of {self.group_size}: {num_inputs} inputs leave groups of {size}, "
+                "expected a multiple of 32"
+            )
+        return num_inputs // size
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantization:
+    """Which linear maps store their weights in fewer bits, and how; None: as they are.
+
+    "fp8" (e4m3) and "int8" have a scale for each output channel, "int4" one for each group of
+    inputs of an output channel; all are symmetric. Norms, biases, routers, embeddings and a draft's
+    FC stay as they are.
+    """
+
+    experts: str | None = None
+    """Routed experts."""
+    mlp: str | None = None
+    """Dense FFNs and shared experts."""
+    attention: str | None = None
+    """Queries, keys, values and output."""
+    head: str | None = None
+    skipped_layers: tuple[int, ...] = ()
+    """Layers that stay as they are; Meta's files skip the first and the last."""
+    group_size: int = 128
+    """int4: inputs that share a scale. See `Stored.groups` for inputs that this does not divide."""
+
+    def __post_init__(self):
+        for group in _GROUPS:
+            if (scheme := getattr(self, group)) not in (None, *STORED_DTYPES):
+                raise ConfigError(
+                    f"quantization {group}={scheme}: expected one of {', '.join(STORED_DTYPES)}"
+                )
+        if self.group_size < 32 or self.group_size % 32:
+            raise ConfigError(f"group_size {self.group_size}: expected a multiple of 32, as is 128")
+
+    @classmethod
+    def parse(cls, text: str) -> "Quantization":
+        """From "fp8" (all linear maps but the head), or such as "mlp=int4,attention=int8".
+
+        Other keys: group_size=64, skipped_layers=0+47.
+
+        Raises:
+          ConfigError: another form.
+        """
+        if text in STORED_DTYPES:
+            return cls(experts=text, mlp=text, attention=text)
+        given: dict[str, Any] = {}
+        for part in text.split(","):
+            key, _, value = part.strip().partition("=")
+            if key in given or key not in {field.name for field in dataclasses.fields(cls)}:
+                raise ConfigError(
+                    f"quantization {text!r}: expected {', '.join(STORED_DTYPES)}, or such as "
+                    f"experts=fp8,mlp=int4 (of {', '.join(_GROUPS)}, skipped_layers, group_size)"
+                )
+            given[key] = value
+        try:
+            if "group_size" in given:
+                given["group_size"] = int(given["group_size"])
+            if "skipped_layers" in given:
+                given["skipped_layers"] = tuple(map(int, given["skipped_layers"].split("+")))
+        except ValueError as error:
+            raise ConfigError(f"quantization {text!r}: {error}") from None
+        return cls(**given)
+
+    def stored(self, group: str, layer: int | None = None) -> Stored | None:
+        """How the maps of a group are stored; None: as they are."""
+        scheme: str | None = getattr(self, group)
+        if scheme is None or layer in self.skipped_layers:
+            return None
+        return Stored(scheme, self.group_size)
+
+
+@dataclasses.dataclass(frozen=True)
 class LlamaConfig:
-    """A dense Llama decoder (Llama 2, Llama 3.x, Llama 4 and what shares their architecture)."""
+    """A Llama decoder (Llama 2, Llama 3.x, Llama 4 and what shares their architecture)."""
 
     vocab_size: int
     hidden_size: int
@@ -91,6 +235,13 @@ class LlamaConfig:
     dtype: str = "float32"
     llama4: Llama4Attention | None = None
     """None: Llama 3. Given: the layers, the file format and `to_hf` are those of Llama 4."""
+    moe: MoE | None = None
+    """None: every layer is dense. Given: some are not, which only Llama 4 knows."""
+    quantization: Quantization | None = None
+    """Which parameters are stored in fewer bits; None: none."""
+    kv_dtype: str | None = None
+    """Of cached keys and values, "float8_e4m3fn" or None: that of the model. It belongs to a run,
+    not to a checkpoint."""
 
     def __post_init__(self):
         if self.num_heads % self.num_kv_heads:
@@ -100,23 +251,54 @@ class LlamaConfig:
             )
         if self.head_dim % 2:
             raise ConfigError(f"head_dim {self.head_dim} is odd; rotary embedding needs pairs")
-        if self.llama4 is not None:  # a config cut to its first layers keeps what they have
+        # A config cut to its first layers keeps what they have.
+        if self.llama4 is not None:
             kept = tuple(i for i in self.llama4.nope_layers if i < self.num_layers)
             cut = dataclasses.replace(self.llama4, nope_layers=kept)
             object.__setattr__(self, "llama4", cut)
+        if self.moe is not None:
+            if self.llama4 is None:
+                raise ConfigError("MoE layers without `llama4`: expected attention of Llama 4")
+            kept = tuple(i for i in self.moe.layers if i < self.num_layers)
+            cut = dataclasses.replace(self.moe, layers=kept) if kept else None
+            object.__setattr__(self, "moe", cut)
+        if self.moe is None and self.quantization is not None:
+            own = dataclasses.replace(self.quantization, experts=None)
+            object.__setattr__(self, "quantization", own)
+        if self.tie_embeddings and self.stored("head") is not None:
+            raise ConfigError(
+                "quantization head: this model's head is its embedding, which stays as it is"
+            )
+        if self.quantization is not None and self.dtype == "float16":
+            raise ConfigError("quantised weights in float16: expected dtype bfloat16 or float32")
+        if self.kv_dtype not in KV_DTYPES.values():
+            raise ConfigError(f"kv_dtype {self.kv_dtype!r}: expected float8_e4m3fn, or none")
+
+    def stored(self, group: str, layer: int | None = None) -> Stored | None:
+        """How the linear maps of a group ("experts", "mlp", "attention", "head") are stored."""
+        return None if self.quantization is None else self.quantization.stored(group, layer)
 
     def uses_rope(self, layer: int) -> bool:
         """Whether a layer rotates its queries and keys."""
         return self.llama4 is None or layer not in self.llama4.nope_layers
 
+    def uses_experts(self, layer: int) -> bool:
+        """Whether a layer has experts in place of one dense SwiGLU."""
+        return self.moe is not None and layer in self.moe.layers
+
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any], *, dtype: str = "float32") -> "LlamaConfig":
-        """Reads a Hugging Face config.json of model type "llama" or, without MoE, "llama4_text".
+        """Reads a Hugging Face config.json of model type "llama", "llama4_text" or "llama4".
+
+        Of the last, which has pictures as well, the text part is read.
 
         Raises:
-          ConfigError: another architecture, a missing field, an unknown RoPE type, MoE layers.
+          ConfigError: another architecture, a missing field, an unknown RoPE type.
         """
-        is_llama4 = _model_type(hf) == LLAMA4
+        kind = _model_type(hf)
+        if kind == _MULTIMODAL:
+            hf, kind = _text_part(hf), LLAMA4
+        is_llama4 = kind == LLAMA4
         if is_llama4:
             hf = {**_LLAMA4_DEFAULTS, **hf}
         if hf.get("hidden_act", "silu") != "silu":
@@ -142,9 +324,11 @@ class LlamaConfig:
                 attention_bias=bool(hf.get("attention_bias", False)),
                 mlp_bias=bool(hf.get("mlp_bias", False)),
                 max_position=int(hf.get("max_position_embeddings", 2048)),
-                stop_token_ids=_as_ids(hf.get("eos_token_id")),
+                stop_token_ids=token_ids(hf.get("eos_token_id")),
                 dtype=dtype,
                 llama4=_llama4_from_hf(hf) if is_llama4 else None,
+                moe=_moe_from_hf(hf) if is_llama4 else None,
+                quantization=_quantization_from_hf(hf),
             )
         except KeyError as error:
             raise ConfigError(f"config.json lacks the field {error}") from None
@@ -181,11 +365,14 @@ class LlamaConfig:
             "eos_token_id": list(self.stop_token_ids),
             "torch_dtype": self.dtype,
         }
+        if self.quantization is not None:
+            own_form = {"quant_method": _QUANT_METHOD} | dataclasses.asdict(self.quantization)
+            fields["quantization_config"] = own_form
         if (own := self.llama4) is None:
             return fields
         return fields | {
             "intermediate_size_mlp": self.intermediate_size,
-            "moe_layers": [],
+            **_moe_to_hf(self.moe, self.num_layers),
             "no_rope_layers": [int(self.uses_rope(i)) for i in range(self.num_layers)],
             "attention_chunk_size": own.chunk,
             "use_qk_norm": own.qk_norm,
@@ -228,8 +415,12 @@ class DraftConfig:
     """EAGLE-3: norm in front of FC, "joint" over all taps or one "each"."""
 
     def __post_init__(self):
+        if self.layer.moe is not None:
+            raise ConfigError("a draft with MoE layers: expected dense ones (moe_layers [])")
         if self.feature_norm not in (None, "joint", "each"):
             raise ConfigError(f"feature_norm {self.feature_norm!r}: expected 'joint' or 'each'")
+        if not self.own_head and self.layer.stored("head") is not None:
+            raise ConfigError("quantization head: this draft has no head of its own")
         if self.taps and self.feature_width == self.layer.hidden_size:
             raise ConfigError("EAGLE-3 taps as wide together as the draft: FC could not be told")
 
@@ -240,8 +431,8 @@ class DraftConfig:
 
     @classmethod
     def for_target(cls, target: LlamaConfig, *, num_layers: int = 1, **options) -> "DraftConfig":
-        """An EAGLE draft whose layers have the target's own shape."""
-        layer = dataclasses.replace(target, num_layers=num_layers)
+        """An EAGLE draft whose layers have the target's own shape; those of a draft are dense."""
+        layer = _draft_layer(target, num_layers)
         return cls(layer=layer, feature_width=target.hidden_size, **options)
 
     @classmethod
@@ -255,7 +446,7 @@ class DraftConfig:
     ) -> "DraftConfig":
         """An EAGLE-3 draft with an own head; taps None: layers 2, L // 2 and L - 3."""
         taps = default_taps(target.num_layers) if taps is None else taps
-        layer = dataclasses.replace(target, num_layers=num_layers, tie_embeddings=False)
+        layer = dataclasses.replace(_draft_layer(target, num_layers), tie_embeddings=False)
         width = len(taps) * target.hidden_size
         own: dict[str, Any] = {"output_norm": False, "own_head": True} | options
         return cls(layer=layer, feature_width=width, taps=taps, **own)
@@ -285,6 +476,11 @@ class DraftConfig:
         return cls(layer=layer, **own)
 
 
+def _draft_layer(target: LlamaConfig, num_layers: int) -> LlamaConfig:
+    """The shape of a target's dense layers, with weights as they are."""
+    return dataclasses.replace(target, num_layers=num_layers, moe=None, quantization=None)
+
+
 def default_taps(num_layers: int) -> tuple[int, ...]:
     """The layers that EAGLE-3 taps: early, middle and late (official code).
 
@@ -309,14 +505,18 @@ def _model_type(hf: Mapping[str, Any]) -> str:
     return kind
 
 
+def _text_part(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of the text part of a multimodal config.json."""
+    text = hf.get("text_config")
+    if not isinstance(text, Mapping):
+        raise ConfigError(f"config.json of model type {_MULTIMODAL} lacks the field 'text_config'")
+    shared = ("eos_token_id", "tie_word_embeddings")  # where a file may have them outside
+    return {**{name: hf[name] for name in shared if name in hf}, **text}
+
+
 def _llama4_from_hf(hf: Mapping[str, Any]) -> Llama4Attention:
     """The Llama 4 fields of a config.json that has the defaults filled in."""
-    L, step = int(hf["num_hidden_layers"]), hf["interleave_moe_layer_step"]
-    moe_layers = hf["moe_layers"]
-    if moe_layers is None:
-        moe_layers = list(range(step - 1, L, step))
-    if moe_layers:
-        raise ConfigError(f"MoE layers are not supported yet: moe_layers {moe_layers}, expected []")
+    L = int(hf["num_hidden_layers"])
     # 1 is a layer with RoPE, in spite of the name; an empty list says nothing.
     interval = hf["no_rope_layer_interval"]
     rotates = hf["no_rope_layers"] or [(i + 1) % interval for i in range(L)]
@@ -335,7 +535,57 @@ def _llama4_from_hf(hf: Mapping[str, Any]) -> Llama4Attention:
     )
 
 
-def _as_ids(value) -> tuple[int, ...]:
+def _moe_from_hf(hf: Mapping[str, Any]) -> MoE | None:
+    """The MoE layers of such a config.json: a list, or every so many layers."""
+    L, step, layers = (
+        int(hf["num_hidden_layers"]),
+        hf["interleave_moe_layer_step"],
+        hf["moe_layers"],
+    )
+    if layers is None:
+        layers = range(step - 1, L, step) if step else ()
+    if any(not 0 <= i < L for i in layers):
+        raise ConfigError(f"moe_layers {list(layers)}: expected layers in 0..{L - 1}")
+    if not layers:
+        return None
+    return MoE(
+        num_experts=int(hf["num_local_experts"]),
+        experts_per_token=int(hf["num_experts_per_tok"]),
+        layers=tuple(sorted(layers)),
+        intermediate_size=int(hf["intermediate_size"]),
+    )
+
+
+def _moe_to_hf(moe: MoE | None, num_layers: int) -> dict[str, Any]:
+    """The fields of the MoE layers; the step is for readers that do not know the list."""
+    if moe is None:
+        return {"moe_layers": []}
+    fields = {
+        "intermediate_size": moe.intermediate_size,
+        "num_local_experts": moe.num_experts,
+        "num_experts_per_tok": moe.experts_per_token,
+        "moe_layers": list(moe.layers),
+    }
+    step = moe.layers[0] + 1
+    if moe.layers == tuple(range(step - 1, num_layers, step)):
+        fields["interleave_moe_layer_step"] = step
+    return fields
+
+
+def _quantization_from_hf(hf: Mapping[str, Any]) -> Quantization | None:
+    """What `to_hf` wrote; the forms of other programs are told by their tensors."""
+    fields = dict(hf.get("quantization_config") or {})
+    if fields.pop("quant_method", None) != _QUANT_METHOD:
+        return None
+    known = {field.name for field in dataclasses.fields(Quantization)}
+    if unknown := sorted(set(fields) - known):
+        raise ConfigError(f"quantization_config: unknown keys {unknown}")
+    fields["skipped_layers"] = tuple(fields.get("skipped_layers", ()))
+    return Quantization(**fields)
+
+
+def token_ids(value) -> tuple[int, ...]:
+    """The ids of a field such as eos_token_id: one, a list or nothing."""
     if value is None:
         return ()
     return tuple(int(v) for v in value) if isinstance(value, list | tuple) else (int(value),)

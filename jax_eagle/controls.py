@@ -18,6 +18,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from .sampling import MAX_BAD_WORD_LENGTH, MAX_BAD_WORDS, SamplingParams
+from .sharding import ONE_DEVICE, Backend
 from .tree import Tree
 
 
@@ -38,13 +39,23 @@ class Controls(struct.PyTreeNode):
     min_tokens: Int[Array, "S"]
     bad_words: Int[Array, "S W L"]
     """Token sequences, filled with -1 in front; rows without a last token are unused."""
+    backend: Backend = struct.field(pytree_node=False, default=ONE_DEVICE)
+    """On a mesh the tables over tokens are cut like the logits."""
+
+    def spread(self) -> "Controls":
+        """On a mesh, the tables over tokens cut along the vocabulary and the others whole."""
+        cut = ("bias", "counts", "in_prompt")
+        names = [name for name in vars(self) if name != "backend"]
+        axes = {name: (None, "vocab") if name in cut else () for name in names}
+        shard = self.backend.shard
+        return self.replace(**{name: shard(getattr(self, name), *axes[name]) for name in names})
 
     def count(self, new_BA: Int[Array, "B A"], kept_B: Int[Array, "B"]) -> "Controls":
         """With new_BA[:kept] counted as given out."""
         kept_BA = jnp.arange(new_BA.shape[1], dtype=jnp.int32)[None] < kept_B[:, None]
         token_BA = jnp.where(kept_BA, new_BA, self.counts.shape[1])
         counts = self.counts.at[self.slot[:, None], token_BA].add(1, mode="drop")
-        return self.replace(counts=counts)
+        return self.replace(counts=counts).spread()
 
 
 class Row(struct.PyTreeNode):
@@ -108,7 +119,11 @@ def uses_controls(params: SamplingParams) -> bool:
 
 
 def stack_controls(
-    params: Sequence[SamplingParams], vocab_size: int, prompts: Sequence[Sequence[int]], batch: int
+    params: Sequence[SamplingParams],
+    vocab_size: int,
+    prompts: Sequence[Sequence[int]],
+    batch: int,
+    backend: Backend = ONE_DEVICE,
 ) -> Controls | None:
     """Controls of a batch of `batch` sequences, the last of them idle; None if nobody has any."""
     if not any(map(uses_controls, params)):
@@ -119,7 +134,8 @@ def stack_controls(
         for p, prompt in zip([*params, *idle], [*prompts, *[()] * len(idle)], strict=True)
     ]
     tables = {name: np.stack([getattr(row, name) for row in rows]) for name in vars(rows[0])}
-    return Controls(slot=np.arange(batch, dtype=np.int32), **tables)  # pyright: ignore
+    slot = np.arange(batch, dtype=np.int32)
+    return Controls(slot=slot, **tables, backend=backend)  # pyright: ignore
 
 
 def shape_logits(
@@ -143,6 +159,7 @@ def shape_logits(
         return logits_BMV
     slot_B = controls.slot
     active_B = controls.active[slot_B]
+    by_vocab = controls.backend.by_vocab  # a branch that does not say so would gather them
 
     def shaped(plain_BMV):
         logits_BMV = plain_BMV
@@ -155,9 +172,9 @@ def shape_logits(
         logits_BMV = logits_BMV + controls.bias[slot_B][:, None]
         logits_BMV = _penalise(controls, logits_BMV, _counts(controls, tree, tree_tokens_BM))
         # The table row of a sequence without controls may be that of the slot's last one.
-        return jnp.where(active_B[:, None, None], logits_BMV, plain_BMV)
+        return by_vocab(jnp.where(active_B[:, None, None], logits_BMV, plain_BMV))
 
-    return jax.lax.cond(jnp.any(active_B), shaped, lambda x: x, logits_BMV)
+    return by_vocab(jax.lax.cond(jnp.any(active_B), shaped, by_vocab, logits_BMV))
 
 
 def _forbid(logits_BMV, tokens_BxK, where_BMK):

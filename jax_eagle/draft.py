@@ -6,6 +6,7 @@ positions, masks and page table.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 from flax import struct
 from jax.sharding import Mesh
 from jax.tree_util import Partial
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Num
 
 from pallas_kernels.compat import order_after
 
@@ -24,9 +25,10 @@ from .cache import KV, PagedCache, commit
 from .config import DraftConfig
 from .eagle import EagleDraft, abstract_draft_params, smallest_call
 from .llama import Target
-from .packing import column_blocks, matmul, pack_params
-from .sampling import Purpose, Sampling, gumbel, processed_scores
-from .sharding import Backend, check_divides, named_sharding, param_shardings
+from .packing import column_blocks, matmul, pack_params, quantized_matmul
+from .placement import Placement
+from .sampling import Purpose, Sampling, best, gumbel, processed_scores
+from .sharding import Backend, named_sharding
 from .tree import Tree, TreeShape, ancestor_mask
 from .verify import DraftLaw
 
@@ -34,13 +36,19 @@ from .verify import DraftLaw
 class CutHead(struct.PyTreeNode):
     """The target's head for the tokens of the draft vocabulary alone."""
 
-    kernel: Float[Array, "D U"]
+    kernel: Num[Array, "stored U"]
     blocks: Array | None
     """See `packing`."""
     backend: Backend = struct.field(pytree_node=False)
+    scale: Float[Array, "S U"] | None = None
+    """Of a kernel that is stored in fewer bits."""
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... U"]:
-        return self.backend.by_batch(matmul(x, self.kernel, self.blocks, jnp.float32))
+        if self.scale is None:
+            return self.backend.by_vocab(matmul(x, self.kernel, self.blocks, jnp.float32))
+        axes = "embed", "vocab"
+        logits = quantized_matmul(x, self.kernel, self.scale, axes, self.backend, jnp.float32)
+        return self.backend.by_vocab(logits)
 
 
 class Proposal(struct.PyTreeNode):
@@ -72,10 +80,10 @@ class Sync(struct.PyTreeNode):
 
     def restart(self, tokens, features, count) -> "Sync":
         """With these pairs instead, [B, up to A]; what lies behind them is unused."""
-        width = tokens.shape[1]
+        features = features.astype(self.features.dtype)
         return Sync(
-            tokens=self.tokens.at[:, :width].set(tokens),
-            features=self.features.at[:, :width].set(features.astype(self.features.dtype)),
+            tokens=jax.lax.dynamic_update_slice(self.tokens, tokens, (0, 0)),
+            features=jax.lax.dynamic_update_slice(self.features, features, (0, 0, 0)),
             count=count,
         )
 
@@ -90,6 +98,13 @@ class Sync(struct.PyTreeNode):
             ),
             count=self.count + where_B.astype(jnp.int32),
         )
+
+
+def draft_placement(config: DraftConfig, backend: Backend) -> Placement:
+    """Where the parameters of a draft lie; ConfigError if they do not divide over the mesh."""
+    num_tokens = config.draft_vocab_size or config.layer.vocab_size
+    layer = dataclasses.replace(config.layer, vocab_size=num_tokens)
+    return Placement.of(layer, functools.partial(abstract_draft_params, config), backend)
 
 
 class Draft(struct.PyTreeNode):
@@ -125,13 +140,11 @@ class Draft(struct.PyTreeNode):
         Raises:
           ConfigError: heads, FFN or vocabulary do not divide evenly.
         """
-        layer, own = self.config.layer, self.config.draft_vocab_size
-        check_divides(dataclasses.replace(layer, vocab_size=own or layer.vocab_size), mesh)
-        shardings = param_shardings(abstract_draft_params(self.config), mesh)
-        mapping = self.draft_to_target
+        placement = draft_placement(self.config, Backend(mesh=mesh))
         return self.replace(
-            params=jax.device_put(self.params, shardings),
-            draft_to_target=jax.device_put(mapping, named_sharding(mesh)),
+            params=placement.spread(self.params),
+            draft_to_target=jax.device_put(self.draft_to_target, named_sharding(mesh)),
+            config=dataclasses.replace(self.config, layer=placement.fitted(self.config.layer)),
         )
 
     def bind_head(self, target: Target) -> Callable[[jax.Array], jax.Array]:
@@ -151,10 +164,12 @@ class Draft(struct.PyTreeNode):
         """The target's head for the draft vocabulary alone: states [..., D] -> logits [..., U]."""
         if self.draft_to_target is None:
             return Partial(Target.head, target)
-        kernel_DU = target.backend.shard(target.head_rows(self.draft_to_target).T, None, "vocab")
-        return CutHead(
-            kernel_DU, column_blocks(kernel_DU) if target.packed else None, target.backend
-        )
+        kernel, scale = target.head_columns(self.draft_to_target)
+        kernel = target.backend.shard(kernel, None, "vocab")
+        if scale is not None:
+            scale = target.backend.shard(scale, None, "vocab")
+        blocks = column_blocks(kernel) if target.packed and scale is None else None
+        return CutHead(kernel, blocks, target.backend, scale)
 
     def to_target(self, tokens: Int[Array, "..."]) -> Int[Array, "..."]:
         """Target tokens of draft tokens."""
@@ -209,7 +224,7 @@ class Draft(struct.PyTreeNode):
         for depth, level in enumerate(shape.levels):
             position_B = cache.length + depth  # of the children; the root is in the cache
             tokens_BWk, scores_BWk, law_BWU = _propose(
-                head(x_BWD), level.width, position_B, sampling, first_node
+                head(x_BWD), level.width, position_B, sampling, first_node, target.backend
             )
             first_node += x_BWD.shape[1]
             laws.append(law_BWU)
@@ -231,13 +246,15 @@ class Draft(struct.PyTreeNode):
         tree, tokens_BM, expanded_BM = pool.finish(shape, jnp.concatenate(expanded, axis=1))
         law = None
         if sampling is not None and laws:
-            law = DraftLaw(jnp.concatenate(laws, axis=1), expanded_BM, self.draft_to_target)
+            law = DraftLaw(
+                jnp.concatenate(laws, axis=1), expanded_BM, self.draft_to_target, target.backend
+            )
         return cache, Proposal(tree, tokens_BM, expanded_BM, law, scratch)
 
 
 def _own_head(draft: Draft, target: Target, x: jax.Array) -> jax.Array:
     """`target` is only its backend."""
-    return target.backend.by_batch(draft._apply(target, x, method="head"))
+    return target.backend.by_vocab(draft._apply(target, x, method="head"))
 
 
 def _head_behind_norm(draft: Draft, target: Target, head, x: jax.Array) -> jax.Array:
@@ -250,7 +267,9 @@ def _take(x, index_BW):
     return jnp.take_along_axis(x, jnp.expand_dims(index_BW, range(2, x.ndim)), axis=1)
 
 
-def _propose(logits_BWU, width: int, position_B, sampling: Sampling | None, first_node: int):
+def _propose(
+    logits_BWU, width: int, position_B, sampling: Sampling | None, first_node: int, backend: Backend
+):
     """Children of each frontier row: (draft tokens, log-probabilities, law), [B, W, width].
 
     Sampled children come in the order of the Gumbel-top-k trick, which is the order of sequential
@@ -258,19 +277,22 @@ def _propose(logits_BWU, width: int, position_B, sampling: Sampling | None, firs
     """
     if sampling is None:
         if width == 1:
-            tokens_BWk = jnp.argmax(logits_BWU, axis=-1, keepdims=True).astype(jnp.int32)
+            tokens_BWk, top_BWk = (x[..., None] for x in best(logits_BWU))
         else:
-            tokens_BWk = jax.lax.top_k(logits_BWU, width)[1].astype(jnp.int32)
-        log_probs_BWU, law_BWU = jax.nn.log_softmax(logits_BWU), None
-    else:
-        B, W, U = logits_BWU.shape
-        scores_BWU = processed_scores(logits_BWU, sampling)
-        node_BW = jnp.broadcast_to(jnp.arange(W, dtype=jnp.int32)[None] + first_node, (B, W))
-        position_BW = jnp.broadcast_to(position_B[:, None], (B, W))
-        noise_BWU = gumbel(sampling.seed, position_BW, Purpose.DRAFT, U, node_BW)
-        tokens_BWk = jax.lax.top_k(scores_BWU + noise_BWU, width)[1].astype(jnp.int32)
-        log_probs_BWU, law_BWU = jax.nn.log_softmax(scores_BWU), jax.nn.softmax(scores_BWU)
-    return tokens_BWk, jnp.take_along_axis(log_probs_BWU, tokens_BWk, axis=2), law_BWU
+            top_BWk, tokens_BWk = backend.top_k(logits_BWU, width)
+        largest_BW1 = top_BWk[:, :, :1]
+        total_BW1 = jnp.sum(jnp.exp(logits_BWU - largest_BW1), axis=2, keepdims=True)
+        return tokens_BWk.astype(jnp.int32), top_BWk - largest_BW1 - jnp.log(total_BW1), None
+    B, W, U = logits_BWU.shape
+    scores_BWU = processed_scores(logits_BWU, sampling, backend=backend)
+    node_BW = jnp.broadcast_to(jnp.arange(W, dtype=jnp.int32)[None] + first_node, (B, W))
+    position_BW = jnp.broadcast_to(position_B[:, None], (B, W))
+    noise_BWU = gumbel(sampling.seed, position_BW, Purpose.DRAFT, U, node_BW)
+    tokens_BWk = backend.top_k(scores_BWU + noise_BWU, width)[1].astype(jnp.int32)
+    mass_BWU = jnp.exp(scores_BWU)  # the largest is 1
+    total_BW1 = jnp.sum(mass_BWU, axis=2, keepdims=True)
+    chosen_BWk = backend.columns(scores_BWU, tokens_BWk)
+    return tokens_BWk, chosen_BWk - jnp.log(total_BW1), mass_BWU / total_BW1
 
 
 class _Frontier(struct.PyTreeNode):

@@ -47,7 +47,10 @@ class EagleDraft(nn.Module):
             self.embed = Embed(layer.vocab_size, D, jnp.dtype(layer.dtype), self.backend)
         if c.own_head:
             num_tokens = c.draft_vocab_size or layer.vocab_size
-            self.lm_head = Linear((D,), (num_tokens,), ("embed", "vocab"), out_dtype=jnp.float32)
+            self.lm_head = Linear(
+                (D,), (num_tokens,), ("embed", "vocab"), out_dtype=jnp.float32,
+                stored=layer.stored("head"), backend=self.backend,
+            )  # fmt: skip
 
     def _layer(self, index: int, attention_norm: bool) -> DecoderLayer:
         return DecoderLayer(self.config.layer, index, attention_norm, self.backend)
@@ -132,7 +135,8 @@ class Eagle3Layer(nn.Module):
             x_BMD = self.backend.by_batch(residual_BMD + out_BMD)
         with jax.named_scope("mlp"):
             h_BMD = norm("mlp_norm", x_BMD)
-            return self.backend.by_batch(x_BMD + SwiGLU(c, name="mlp")(h_BMD)), k, v
+            mlp = SwiGLU(c, None, c.stored("mlp", 0), self.backend, name="mlp")
+            return self.backend.by_batch(x_BMD + mlp(h_BMD)), k, v
 
 
 def init_draft_params(config: DraftConfig, key: jax.Array) -> Any:

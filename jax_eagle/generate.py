@@ -25,8 +25,10 @@ from .cache import PagedCache, commit
 from .controls import shape_logits
 from .draft import Draft, Proposal, Sync
 from .llama import Target, TargetOutput
+from .packing import COMPILER_OPTIONS
 from .prefill import start
 from .sampling import SamplingParams
+from .sharding import on_host, over_data
 from .state import FINISH_REASONS, DecodeState, Plan, emit
 from .tree import chain_tree
 from .verify import Verdict, verify
@@ -48,6 +50,7 @@ def round_step(target: Target, draft: Draft | None, head, plan: Plan, state: Dec
         verdict = verify(
             tree, tree_tokens, proposal.law, shaped, state.cache.length, state.sampling,
             max_depth=plan.shape.max_depth, max_children=plan.shape.max_children,
+            backend=target.backend,
         )  # fmt: skip
         count = order_after(out.x, jnp.where(state.done, 0, verdict.num_accepted + 1))
     with jax.named_scope("commit"):
@@ -107,7 +110,7 @@ def advance(
         sync=sync and _next_sync(plan, sync, new_BA, out, verdict, running_B),
         rounds=state.rounds + running_B.astype(jnp.int32),
         num_accepted=jnp.where(running_B, verdict.num_accepted, 0),
-        path_ranks=state.path_ranks.at[:, : plan.path_length].set(path_ranks_BA),
+        path_ranks=jax.lax.dynamic_update_slice(state.path_ranks, path_ranks_BA, (0, 0)),
         logprobs=logprobs and logprobs.of(logits_BMV, verdict.path, new_BA),
     )
 
@@ -134,7 +137,12 @@ def _next_sync(
     )
 
 
-@functools.partial(jax.jit, static_argnames=("plan",), donate_argnames=("state",))
+@functools.partial(
+    jax.jit,
+    static_argnames=("plan",),
+    donate_argnames=("state",),
+    compiler_options=COMPILER_OPTIONS,
+)
 def decode(
     target: Target,
     draft: Draft | None,
@@ -145,8 +153,15 @@ def decode(
 ) -> DecodeState:
     """Rounds until every row is finished, `max_rounds` at most. The state is donated.
 
-    `head` is `draft.bind_head(target)`, None without a draft.
+    `head` is `draft.bind_head(target)`, None without a draft. On a mesh with a data axis each rank
+    stops when its own rows are finished.
     """
+    rounds = over_data(functools.partial(_rounds, plan), target.backend.mesh)
+    return rounds((target, draft, head, max_rounds), state)
+
+
+def _rounds(plan: Plan, shared, state: DecodeState) -> DecodeState:
+    target, draft, head, max_rounds = shared
 
     def unfinished(carry):
         state, rounds = carry
@@ -232,7 +247,7 @@ def generate(
     state = decode(target.replace(tokenizer=None), draft, head, plan, state, np.int32(2**30))
     count = len(prompts)
     num_tokens, rounds, finish, tokens = map(
-        np.asarray, (state.num_tokens, state.rounds, state.finish, state.tokens)
+        on_host, (state.num_tokens, state.rounds, state.finish, state.tokens)
     )
     out = [tokens[b, : num_tokens[b]].tolist() for b in range(count)]
     return GenerateResult(
@@ -265,7 +280,7 @@ def generate_stream(
     count, seen = len(prompts), np.zeros(len(prompts), int)
     while True:
         num_tokens, accepted, finish, tokens, ranks = map(
-            np.asarray,
+            on_host,
             (state.num_tokens, state.num_accepted, state.finish, state.tokens, state.path_ranks),
         )
         new = [tokens[b, seen[b] : num_tokens[b]].tolist() for b in range(count)]

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, in lines of text: `jax-eagle inspect`."""
+"""What a checkpoint holds, or what it will take, in lines of text: `jax-eagle inspect`."""
 
 import dataclasses
 import re
@@ -19,9 +19,14 @@ from .demo import chat_prompt
 from .draft import Draft
 from .llama import Target
 from .load import dtype_name, load_draft, load_target, read_draft
+from .memory import size_text
+from .planning import Plan
 from .prefill import PAGE_SIZE
 
 SMOKE_TREE, SMOKE_PROMPTS, SMOKE_TOKENS = "chain:3", 4, 32
+BATCHES = (1, 8, 64)
+"""Whose rounds a plan times."""
+FLOOR_TITLE = "  batch      step     round   break-even   tree"
 
 
 def inspect(
@@ -52,6 +57,33 @@ def inspect(
     yield from _draft_lines(path, draft, fits=target is not None)
     if target is not None and smoke:
         yield smoke_acceptance(target, draft)
+
+
+def plan_lines(plan: Plan) -> Iterator[str]:
+    """What a deployment takes on each device of its mesh, and the floors of its rounds."""
+    axes = ", ".join(f"{name}={size}" for name, size in plan.mesh.shape.items())
+    yield f"{plan.deployment.model} on {plan.mesh.size} x {plan.roofline.accelerator.name} ({axes})"
+    yield _line("draft", plan.deployment.draft or "none")
+    yield "bytes of each device"
+    for name, size in plan.weights.items():
+        yield _line(name, f"{size_text(size):>10}")
+    yield _line("all weights", f"{size_text(plan.weight_bytes):>10}")
+    yield _line("left for the cache", f"{size_text(plan.usable - plan.weight_bytes):>10}")
+    yield "KV cache"
+    yield _line("a token", f"{plan.token_bytes:,} bytes on each device")
+    room = f"{plan.num_tokens:,} tokens, {plan.num_sequences:,} sequences of {plan.length:,}"
+    yield _line("room", room)
+    yield f"floors in ms, at {plan.context:,} cached tokens a sequence"
+    yield FLOOR_TITLE
+    for at in map(plan.floor, BATCHES):
+        step, rounds = 1e3 * at.step_seconds, 1e3 * at.round_seconds
+        rounds = f"{rounds:9.2f} {at.break_even:12.2f}   {at.tree}" if plan.draft else ""
+        room = "" if plan.has_room_for(at.batch) else "   (no room in the cache)"
+        yield f"  {at.batch:<6} {step:8.2f} {rounds}".rstrip() + room
+    yield (
+        f"fits: {size_text(plan.needed)} needed with one sequence of {plan.length:,} tokens, "
+        f"{plan.usable_text} there"
+    )
 
 
 def draft_kind(config: DraftConfig) -> str:

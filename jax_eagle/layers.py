@@ -4,6 +4,7 @@ Each parameter declares its shape, logical axes and initialiser once. Kernels ar
 [in..., out...], so a matrix product needs no transposition.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -13,14 +14,71 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from .config import Llama4Attention, LlamaConfig
-from .packing import matmul, module_blocks
+from .config import Llama4Attention, LlamaConfig, Stored
+from .packing import matmul, module_blocks, quantized_matmul
 from .sharding import Backend
 
+_SPREAD = {"fp8": 1.0, "int8": 73.9, "int4": 4.6}
+"""Standard deviations of the values that `_random_values` makes."""
 
-def partitioned(init: Callable[..., Any], axes: tuple[str, ...]) -> Callable[..., Any]:
-    """An initialiser whose parameter carries logical axis names."""
+
+def partitioned(init: Callable[..., Any], axes: tuple[str | None, ...]) -> Callable[..., Any]:
+    """An initialiser whose parameter carries logical axis names; None: never cut."""
     return nn.with_logical_partitioning(init, axes)
+
+
+def declare_kernel(
+    module: nn.Module,
+    name: str,
+    shapes: tuple[tuple[int, ...], ...],
+    axes: tuple[str | None, ...],
+    stored: Stored | None,
+    dtype: Any,
+) -> tuple[jax.Array, jax.Array | None]:
+    """The kernel [batch..., in..., out...] of a linear map as a parameter of `module`.
+
+    Args:
+      name: "kernel", whose scales are "scale", or another one, whose scales are NAME_scale.
+      shapes: of batch (experts), inputs, outputs.
+      axes: the logical axes of all of them.
+      stored: how; None: in `dtype`, without scales.
+
+    Returns:
+      The kernel and its scales, [batch..., groups of inputs, out...] in float32.
+    """
+    batch, inputs, outputs = shapes
+    first, behind = len(batch), len(batch) + len(inputs)
+    if stored is None:
+        init = nn.initializers.variance_scaling(
+            1.0, "fan_in", "normal", batch_axis=tuple(range(first)),
+            in_axis=tuple(range(first, behind)), out_axis=tuple(range(behind, len(axes))),
+        )  # fmt: skip
+        return module.param(name, partitioned(init, axes), batch + inputs + outputs, dtype), None
+    fan_in = math.prod(inputs)
+    groups = stored.groups(fan_in)
+    kernel = module.param(
+        name,
+        partitioned(_random_values, axes),
+        batch + stored.kernel_shape(inputs, outputs),
+        jnp.dtype(stored.dtype),
+    )
+    scale = module.param(
+        "scale" if name == "kernel" else f"{name}_scale",
+        partitioned(
+            nn.initializers.constant(1 / (_SPREAD[stored.scheme] * fan_in**0.5)),
+            (*axes[:first], axes[first] if groups > 1 else None, *axes[behind:]),
+        ),
+        (*batch, groups, *outputs),
+        jnp.float32,
+    )
+    return kernel, scale
+
+
+def _random_values(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """Normal numbers, or random bits, which are int8 or pairs of int4."""
+    if jnp.issubdtype(dtype, jnp.floating):
+        return jax.random.normal(key, shape).astype(dtype)
+    return jax.lax.bitcast_convert_type(jax.random.bits(key, shape, jnp.uint8), dtype)
 
 
 class Linear(nn.Module):
@@ -28,32 +86,28 @@ class Linear(nn.Module):
 
     in_shape: tuple[int, ...]
     out_shape: tuple[int, ...]
-    axes: tuple[str, ...]
+    axes: tuple[str | None, ...]
     use_bias: bool = False
     out_dtype: Any = None
     """Of the result; None: that of x."""
+    stored: Stored | None = None
+    """How the kernel is stored; None: in the dtype of x."""
+    backend: Backend = Backend()
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        fan_in_axes = tuple(range(len(self.in_shape)))
-        init = nn.initializers.variance_scaling(
-            1.0, "fan_in", "normal", in_axis=fan_in_axes,
-            out_axis=tuple(range(len(self.in_shape), len(self.axes))),
-        )  # fmt: skip
-        kernel = self.param(
-            "kernel",
-            partitioned(init, self.axes),
-            self.in_shape + self.out_shape,
-            x.dtype,
-        )
-        kernel_DF = jnp.reshape(kernel, (math.prod(self.in_shape), math.prod(self.out_shape)))
+        shapes = (), self.in_shape, self.out_shape
+        kernel, scale = declare_kernel(self, "kernel", shapes, self.axes, self.stored, x.dtype)
+        kernel_DF = jnp.reshape(kernel, (-1, math.prod(self.out_shape)))
         batch_shape = x.shape[: x.ndim - len(self.in_shape)]
-        y = matmul(
-            jnp.reshape(x, (*batch_shape, -1)),
-            kernel_DF,
-            module_blocks(self, kernel_DF),
-            self.out_dtype,
-        ).reshape(batch_shape + self.out_shape)
+        x_D = jnp.reshape(x, (*batch_shape, -1))
+        if scale is None:
+            y_F = matmul(x_D, kernel_DF, module_blocks(self, kernel_DF), self.out_dtype)
+        else:
+            scale_SF = jnp.reshape(scale, (scale.shape[0], -1))
+            axes = self.axes[0], self.axes[len(self.in_shape)]
+            y_F = quantized_matmul(x_D, kernel_DF, scale_SF, axes, self.backend, self.out_dtype)
+        y = jnp.reshape(y_F, batch_shape + self.out_shape)
         if self.use_bias:
             bias_init = partitioned(nn.initializers.zeros_init(), self.axes[len(self.in_shape) :])
             bias = self.param("bias", bias_init, self.out_shape, x.dtype)
@@ -106,14 +160,28 @@ class SwiGLU(nn.Module):
     """down(silu(gate(x)) * up(x))."""
 
     config: LlamaConfig
+    width: int | None = None
+    """Of what is between; None: that of the config's dense layers."""
+    stored: Stored | None = None
+    """How the kernels are stored; None: in the dtype of x."""
+    backend: Backend = Backend()
 
-    @nn.compact
-    def __call__(self, x: Float[Array, "B M D"]) -> Float[Array, "B M D"]:
+    def setup(self):
         c = self.config
-        D, F = (c.hidden_size,), (c.intermediate_size,)
-        gate = Linear(D, F, ("embed", "mlp"), c.mlp_bias, name="gate")(x)
-        up = Linear(D, F, ("embed", "mlp"), c.mlp_bias, name="up")(x)
-        return Linear(F, D, ("mlp", "embed"), c.mlp_bias, name="down")(nn.silu(gate) * up)
+        D, F = (c.hidden_size,), (self.width or c.intermediate_size,)
+        linear = functools.partial(
+            Linear, use_bias=c.mlp_bias, stored=self.stored, backend=self.backend
+        )
+        self.gate = linear(D, F, ("embed", "mlp"))
+        self.up = linear(D, F, ("embed", "mlp"))
+        self.down = linear(F, D, ("mlp", "embed"))
+
+    def __call__(self, x: Float[Array, "B M D"]) -> Float[Array, "B M D"]:
+        return self.down(self.inner(x))
+
+    def inner(self, x: Float[Array, "B M D"]) -> Float[Array, "B M F"]:
+        """What `down` takes."""
+        return nn.silu(self.gate(x)) * self.up(x)
 
 
 def rope_frequencies(config: LlamaConfig) -> Float[Array, "H/2"]:

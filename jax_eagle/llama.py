@@ -5,6 +5,7 @@ tree. The forward returns the new keys and values instead of writing them; `cach
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -13,20 +14,25 @@ import jax
 import jax.numpy as jnp
 from flax import struct, traverse_util
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 from .attention import Attention, View
 from .cache import KV, PagedCache
 from .config import LlamaConfig
 from .layers import Embed, Linear, RMSNorm, SwiGLU, rope_angles
+from .moe import Experts
 from .packing import BLOCKS, pack_params
-from .sharding import Backend, check_divides, param_shardings
+from .placement import Placement
+from .sharding import Backend
 from .tokenizer import Tokenizer
 from .tree import Tree, chain_tree
 
 
 class DecoderLayer(nn.Module):
-    """x + attention(norm(x)), then x + SwiGLU(norm(x)). EAGLE-1 drafts drop the first norm."""
+    """x + attention(norm(x)), then x + SwiGLU(norm(x)), or experts in its place.
+
+    EAGLE-1 drafts drop the first norm.
+    """
 
     config: LlamaConfig
     layer: int
@@ -46,7 +52,11 @@ class DecoderLayer(nn.Module):
             x_BMD = self.backend.by_batch(x_BMD + out_BMD)
         with jax.named_scope("mlp"):
             h_BMD = RMSNorm(c.hidden_size, c.rms_norm_eps, name="mlp_norm")(x_BMD)
-            return self.backend.by_batch(x_BMD + SwiGLU(c, name="mlp")(h_BMD)), k, v
+            if c.uses_experts(self.layer):
+                mlp = Experts(c, self.backend, self.layer, name="moe")
+            else:
+                mlp = SwiGLU(c, None, c.stored("mlp", self.layer), self.backend, name="mlp")
+            return self.backend.by_batch(x_BMD + mlp(h_BMD)), k, v
 
 
 class Llama(nn.Module):
@@ -62,8 +72,9 @@ class Llama(nn.Module):
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         if not c.tie_embeddings:
             self.lm_head = Linear(
-                (c.hidden_size,), (c.vocab_size,), ("embed", "vocab"), out_dtype=jnp.float32
-            )
+                (c.hidden_size,), (c.vocab_size,), ("embed", "vocab"), out_dtype=jnp.float32,
+                stored=c.stored("head"), backend=self.backend,
+            )  # fmt: skip
 
     def __call__(self, tokens_BM, view: View, taps: tuple[int, ...] = ()):
         x_BMD = self.embed(tokens_BM)
@@ -137,15 +148,19 @@ class Target(struct.PyTreeNode):
         """Token embeddings, which the draft shares."""
         return self._apply(tokens, method="embed_tokens")
 
-    def head_rows(self, tokens_U: Int[Array, "U"]) -> Float[Array, "U D"]:
-        """The head's weights for some tokens only: a reduced draft vocabulary."""
+    def head_columns(
+        self, tokens_U: Int[Array, "U"]
+    ) -> tuple[Num[Array, "D U"], Float[Array, "S U"] | None]:
+        """The head for some tokens only, a reduced draft vocabulary: kernel and scales, if any."""
         if self.config.tie_embeddings:
-            return jnp.take(self.params["embed"]["embedding"], tokens_U, axis=0)
-        return jnp.take(self.params["lm_head"]["kernel"], tokens_U, axis=1).T
+            return jnp.take(self.params["embed"]["embedding"], tokens_U, axis=0).T, None
+        head = self.params["lm_head"]
+        scale = jnp.take(head["scale"], tokens_U, axis=1) if "scale" in head else None
+        return jnp.take(head["kernel"], tokens_U, axis=1), scale
 
     def head(self, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Logits in float32, summed in float32: rounded to bfloat16 they would tie."""
-        return self.backend.by_batch(self._apply(x, method="head"))
+        return self.backend.by_vocab(self._apply(x, method="head"))
 
     def require_tokenizer(self) -> Tokenizer:
         """The tokenizer; ValueError where the checkpoint had none."""
@@ -168,17 +183,21 @@ class Target(struct.PyTreeNode):
             params=pack_params(Llama(self.config), self.params, *call, method="initialise")
         )
 
-    def spread(self, mesh: Mesh) -> "Target":
+    def spread(self, mesh: Mesh, *, expert_parallel: bool = False) -> "Target":
         """The target with its parameters spread over the devices of `mesh` (see `sharding`).
 
+        Args:
+          expert_parallel: each device has some experts whole, not a share of every expert.
+
         Raises:
-          ConfigError: heads, FFN or vocabulary do not divide evenly.
+          ConfigError: heads, FFN, vocabulary or experts do not divide evenly.
         """
-        check_divides(self.config, mesh)
-        shardings = param_shardings(abstract_params(self.config), mesh)
+        backend = dataclasses.replace(self.backend, mesh=mesh, expert_parallel=expert_parallel)
+        placement = target_placement(self.config, backend)
         return self.replace(
-            params=jax.device_put(self.params, shardings),
-            backend=dataclasses.replace(self.backend, mesh=mesh),
+            params=placement.spread(self.params),
+            config=placement.fitted(self.config),
+            backend=backend,
         )
 
     def logits(self, tokens_BT: Sequence[Sequence[int]] | jax.Array) -> Float[Array, "B T V"]:
@@ -199,6 +218,11 @@ def init_params(config: LlamaConfig, key: jax.Array) -> Any:
 def abstract_params(config: LlamaConfig) -> Any:
     """Shapes, dtypes and logical axes of the parameters; nothing is allocated."""
     return jax.eval_shape(lambda: _init(config, jax.random.key(0)))
+
+
+def target_placement(config: LlamaConfig, backend: Backend) -> Placement:
+    """Where the parameters of a target lie; ConfigError if they do not divide over the mesh."""
+    return Placement.of(config, functools.partial(abstract_params, config), backend)
 
 
 def _init(config: LlamaConfig, key: jax.Array) -> Any:

@@ -1,5 +1,6 @@
 """`load_target` and `load_draft`: a name or a path to a model that is ready to run."""
 
+import dataclasses
 import functools
 import itertools
 import os
@@ -17,7 +18,7 @@ from pallas_kernels.tree_attention import IMPLEMENTATIONS
 from . import hub
 from .checkpoint import eagle, gguf, hf, orbax
 from .checkpoint.mapping import CheckpointError
-from .config import ConfigError
+from .config import KV_DTYPES, ConfigError, Quantization
 from .draft import Draft
 from .llama import Target
 from .sharding import Backend
@@ -30,15 +31,23 @@ def load_target(
     *,
     dtype: Any = None,
     mesh: Mesh | None = None,
+    expert_parallel: bool = False,
     attention: str | None = None,
+    quantization: Quantization | str | None = None,
+    kv_dtype: str | None = None,
 ) -> Target:
     """Loads a target: a known name, a Hugging Face folder, a .gguf, an Orbax folder or a hub id.
 
     Args:
       dtype: of the parameters and of the computation; None: float32 on CPU, bfloat16 on GPU.
       mesh: devices to spread the parameters over (`sharding.make_mesh`); None: one device. Each
-        array passes through the first device, and so far the whole model does at once.
+        device gets its part of each array straight from the file.
+      expert_parallel: each device of the mesh has some experts whole, not a share of every one.
       attention: "reference" or "triton"; None: the best one here.
+      quantization: how to store weights, as a `Quantization` or as its `parse` takes it: "fp8",
+        "experts=fp8", "mlp=int4,attention=int8". Each kernel is quantised as it is read. None: as
+        the checkpoint has them.
+      kv_dtype: of cached keys and values, "fp8" (e4m3) or "auto": that of the model.
 
     Raises:
       CheckpointError: files that are missing, truncated, or do not fit their config.
@@ -48,14 +57,16 @@ def load_target(
     """
     if attention not in (None, *IMPLEMENTATIONS):
         raise ConfigError(f"attention {attention!r}: expected one of {', '.join(IMPLEMENTATIONS)}")
-    name = dtype_name(dtype)
+    if expert_parallel and mesh is None:
+        raise ConfigError("expert_parallel without a mesh: expected the devices to spread over")
+    backend = Backend(attention=attention, mesh=mesh, expert_parallel=expert_parallel)
+    name, kv_dtype = dtype_name(dtype), kv_dtype_name(kv_dtype)
     path = hub.resolve(name_or_path)
-    if path.is_file():
-        target = _read(gguf.load, path, name)
-    else:
-        target = _read(orbax.load_target if orbax.is_orbax(path) else hf.load, path, name)
-    target = target.replace(backend=Backend(attention=attention))
-    return target if mesh is None else target.spread(mesh)
+    folder = orbax.load_target if orbax.is_orbax(path) else hf.load
+    load = gguf.load if path.is_file() else folder
+    load = functools.partial(load, backend=backend, quantization=quantization)
+    target = _read(load, path, name)
+    return target.replace(config=dataclasses.replace(target.config, kv_dtype=kv_dtype))
 
 
 def load_draft(
@@ -64,11 +75,15 @@ def load_draft(
     *,
     dtype: Any = None,
     numbering: str | None = None,
+    quantization: Quantization | str | None = None,
 ) -> Draft:
     """Loads a draft of any known form, onto the target's devices.
 
+    Its keys and values are cached in the dtype of the target's.
+
     Args:
       dtype: None: that of the target.
+      quantization: as in `load_target`, whatever the target has: "mlp=int4" for FFNs in int4.
       numbering: how an EAGLE-3 folder of another program numbers the layers it taps, "enter" or
         "output"; None: by where it names them (see `checkpoint.eagle3`).
 
@@ -78,21 +93,36 @@ def load_draft(
     """
     name = target.config.dtype if dtype is None else dtype_name(dtype)
     path = hub.resolve(name_or_path)
-    draft = read_draft(path, dtype=name, target=target, numbering=numbering)
+    backend = Backend(mesh=target.backend.mesh)
+    draft = read_draft(
+        path, dtype=name, target=target, numbering=numbering, backend=backend,
+        quantization=quantization,
+    )  # fmt: skip
     check_fit(draft, target, str(path))
-    mesh = target.backend.mesh
-    return draft if mesh is None else draft.spread(mesh)
+    layer = dataclasses.replace(draft.config.layer, kv_dtype=target.config.kv_dtype)
+    return draft.replace(config=dataclasses.replace(draft.config, layer=layer))
 
 
 def read_draft(
-    path: Path, *, dtype: str, target: Target | None = None, numbering: str | None = None
+    path: Path,
+    *,
+    dtype: str,
+    target: Target | None = None,
+    numbering: str | None = None,
+    backend: Backend = Backend(),
+    quantization: Quantization | str | None = None,
 ) -> Draft:
-    """Reads a draft folder as it is: nothing is compared with a target. Errors as `load_draft`."""
+    """Reads a draft folder as it is: nothing is compared with a target. Errors as `load_draft`.
+
+    The parameters go to the devices of the backend's mesh.
+    """
     if path.is_file():
         raise CheckpointError(f"{path}: a draft is a folder with config.json and model.safetensors")
     if orbax.is_orbax(path):
-        return _read(orbax.load_draft, path, dtype)
-    return _read(functools.partial(eagle.load, target=target, numbering=numbering), path, dtype)
+        load = orbax.load_draft
+    else:
+        load = functools.partial(eagle.load, target=target, numbering=numbering)
+    return _read(functools.partial(load, backend=backend, quantization=quantization), path, dtype)
 
 
 def _read(load: Callable[..., Any], path: Path, dtype: str) -> Any:
@@ -144,3 +174,12 @@ def dtype_name(dtype: Any = None) -> str:
     if name not in DTYPES:
         raise ConfigError(f"dtype {name} is not supported, expected one of {', '.join(DTYPES)}")
     return name
+
+
+def kv_dtype_name(name: str | None) -> str | None:
+    """`LlamaConfig.kv_dtype` of a name that users give; None: that of the model."""
+    if name is None or name in KV_DTYPES.values():
+        return name
+    if name not in KV_DTYPES:
+        raise ConfigError(f"kv_dtype {name!r}: expected one of {', '.join(KV_DTYPES)}")
+    return KV_DTYPES[name]

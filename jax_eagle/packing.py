@@ -11,7 +11,10 @@ used.
 `Target.pack` and `Draft.pack` keep the blocks in the parameter tree, beside the kernel they repeat:
 parameters that are replaced take their blocks with them. A packed model is twice as large.
 
-On a GPU: one row is multiplied as eight (see `_padded`); blocks are not needed.
+On a GPU: one row is multiplied as eight (see `_padded`); blocks are not needed. Weights that
+multiply the same rows stay apart (`COMPILER_OPTIONS`). Quantised weights are half of the bytes or
+less: a kernel widens them inside the product, and they never lie in memory in another dtype
+(`quantized_matmul`).
 """
 
 import functools
@@ -21,7 +24,17 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import traverse_util
-from jaxtyping import Array, Float
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Num
+
+from pallas_kernels.grouped_matmul import grouped_matmul
+
+from .sharding import LOGICAL_AXES, TENSOR, Backend
+
+COMPILER_OPTIONS = {"xla_gpu_dot_merger_threshold_mb": 0}
+"""Of every program that reads weights again and again. XLA would merge products of the same rows
+by joining their weights, in every round: with 8B on eight H100s it copied queries, keys and values,
+and gate and up, of each layer."""
 
 BLOCKS = "blocks"
 _PACKED = "packed"
@@ -61,6 +74,53 @@ def matmul(
         preferred_element_type=dtype,
     )
     return jnp.reshape(jnp.swapaxes(y_XRJ, 0, 1), (*x.shape[:-1], -1))
+
+
+def quantized_matmul(
+    x: Float[Array, "... D"],
+    values: Num[Array, "stored F"],
+    scale_SF: Float[Array, "S F"],
+    axes: tuple[str | None, str | None],
+    backend: Backend = Backend(),
+    dtype: Any = None,
+) -> Float[Array, "... F"]:
+    """x @ (values * scale), by `grouped_matmul` with one group.
+
+    Args:
+      values: float8_e4m3fn or int8 [D, F], or int4 as uint8 [D / 2, F].
+      scale_SF: float32, for S groups of inputs.
+      axes: the logical axes of inputs and outputs, which say what each device of a mesh has: some
+        outputs, or some inputs, whose sums are added up.
+      dtype: of the result; None: that of x.
+    """
+    product = functools.partial(
+        _one_group, dtype=dtype, implementation=backend.matmul, interpret=backend.interpret
+    )
+    if backend.mesh is None:
+        return product(x, values, scale_SF)
+    inputs, outputs = (TENSOR if axis and LOGICAL_AXES[axis] == TENSOR else None for axis in axes)
+
+    def share(x, values, scale_SF):
+        y = product(x, values, scale_SF)
+        return y if inputs is None else jax.lax.psum(y, TENSOR)
+
+    leading = (backend.batch_spec(x), *(None,) * x.ndim)[: x.ndim - 1]
+    groups = inputs if scale_SF.shape[0] > 1 else None
+    return backend.on_each_device(
+        share,
+        (P(*leading, inputs), P(inputs, outputs), P(groups, outputs)),
+        P(*leading, outputs),
+        check_vma=False,  # the kernel does not say how its output varies
+    )(x, values, scale_SF)
+
+
+def _one_group(x, values, scale_SF, *, dtype, **options):
+    rows_RD = jnp.reshape(x, (-1, x.shape[-1]))
+    y_RF = grouped_matmul(
+        rows_RD, values[None], jnp.zeros(1, jnp.int32),
+        scale=scale_SF[None], out_dtype=dtype, **options,
+    )  # fmt: skip
+    return jnp.reshape(y_RF, (*x.shape[:-1], -1))
 
 
 def _padded(product, x, kernel_DF):

@@ -1,7 +1,8 @@
 """From prompts to the state of the first round: checks, pages, chunked prefill, first token.
 
 Everything that `generate` does on the host before its loop. Batch size, pages a row and lengths are
-rounded up to few sizes, so that programs are reused.
+rounded up to few sizes, so that programs are reused. On a mesh with a data axis each rank has
+as many rows, and counts its pages and the rows of its tables from 0.
 """
 
 import functools
@@ -19,7 +20,9 @@ from .cache import PagedCache, commit, init_cache
 from .controls import Controls, shape_logits, stack_controls
 from .draft import Draft, Sync
 from .llama import Target
+from .packing import COMPILER_OPTIONS
 from .sampling import Sampling, SamplingParams, draw
+from .sharding import data_size, over_data, rows_per_rank
 from .state import DecodeState, Plan, emit, init_state
 from .tree import StaticTree, chain_tree, parse_tree
 
@@ -65,10 +68,14 @@ def extend_prompt(target: Target, draft: Draft | None, carry: Prefill, tokens_BT
     return carry, out.features
 
 
-@functools.partial(jax.jit, donate_argnames=("carry",))
+@functools.partial(jax.jit, donate_argnames=("carry",), compiler_options=COMPILER_OPTIONS)
 def prefill_chunk(target: Target, draft: Draft | None, carry: Prefill, tokens_BT, count_B):
     """`extend_prompt` as a program."""
-    return extend_prompt(target, draft, carry, tokens_BT, count_B)[0]
+
+    def extend(models, rows):
+        return extend_prompt(*models, *rows)[0]
+
+    return over_data(extend, target.backend.mesh)((target, draft), (carry, tokens_BT, count_B))
 
 
 def first_token(
@@ -91,7 +98,7 @@ def first_token(
         state.controls, logits_B1V, chain_tree(B, 1), zero_B1,
         state.tokens, state.num_tokens, state.stop_ids,
     )  # fmt: skip
-    token_B1 = draw(shaped, state.sampling, state.cache.length[:, None])
+    token_B1 = draw(shaped, state.sampling, state.cache.length[:, None], backend=target.backend)
     if forced_B is not None:
         token_B1 = jnp.where(forced_B[:, None] >= 0, forced_B[:, None], token_B1)
     error_B = ready_B & (token_B1[:, 0] < 0)
@@ -125,22 +132,25 @@ def first_round(
 ) -> DecodeState:
     """The state of the first round, from what prefill left; there is room for `width` tokens."""
     lengths = plan.path_length, plan.sync_length, width  # not the plan: trees of one depth share it
-    caches, last = carry[:2], carry[2:]
-    return _first_round(
-        target, lengths, caches, last, sampling, controls, stop_ids_BE, max_tokens_B
-    )
+    requests = sampling, controls, stop_ids_BE, max_tokens_B
+    return _first_round(target, lengths, carry[:2], carry[2:], requests)
 
 
 @functools.partial(jax.jit, static_argnames=("lengths",), donate_argnames=("caches",))
-def _first_round(target, lengths, caches, last, sampling, controls, stop_ids_BE, max_tokens_B):
+def _first_round(target, lengths, caches, last, requests):
     path_length, sync_length, width = lengths
-    (cache, draft_cache), (last_x_BD, last_feature_BF) = caches, last
-    state = init_state(
-        cache, draft_cache, sampling, controls, stop_ids_BE, max_tokens_B, width=width,
-        path_length=path_length, sync_length=sync_length, feature_BF=last_feature_BF,
-    )  # fmt: skip
-    ready_B = jnp.ones(max_tokens_B.shape, bool)
-    return first_token(target, state, last_x_BD, last_feature_BF, ready_B)
+
+    def begin(target, rows):
+        (cache, draft_cache), (last_x_BD, last_feature_BF), requests = rows
+        sampling, controls, stop_ids_BE, max_tokens_B = requests
+        state = init_state(
+            cache, draft_cache, sampling, controls, stop_ids_BE, max_tokens_B, width=width,
+            path_length=path_length, sync_length=sync_length, feature_BF=last_feature_BF,
+        )  # fmt: skip
+        ready_B = jnp.ones(max_tokens_B.shape, bool)
+        return first_token(target, state, last_x_BD, last_feature_BF, ready_B)
+
+    return over_data(begin, target.backend.mesh)(target, (caches, last, requests))
 
 
 def start(
@@ -168,11 +178,14 @@ def start(
         raise ValueError(f"{len(params)} sampling parameters for {len(ids)} prompts")
     for own in params:
         own.check_tokens(target.config.vocab_size)
-    plan = _make_plan(draft, len(ids), tree, drafting, draft_sync)
+    mesh = target.backend.mesh
+    rows = rows_per_rank(len(ids), mesh)
+    plan = _make_plan(draft, rows, tree, drafting, draft_sync)
     if plan.plain:
         draft = None
 
-    B = _bucket(len(ids), halves=False)
+    rows = _bucket(rows, halves=False)
+    B = rows * data_size(mesh)
     pad = B - len(ids)
     prompt_length = np.array([len(row) for row in ids] + [0] * pad, np.int32)
     limit = np.minimum(max_new_tokens, target.config.max_position - prompt_length)
@@ -180,6 +193,7 @@ def start(
     reserved = int((prompt_length + limit).max()) + plan.path_length
     pages_per_row = _bucket(-(-reserved // PAGE_SIZE))
     carry = empty_prefill(target, draft, B, len(ids), pages_per_row)
+    controls = stack_controls(params, target.config.vocab_size, ids, B, target.backend)
     model = target.replace(tokenizer=None)
     chunk = min(_PREFILL_CHUNK, max(16, _bucket(int(prompt_length.max()), halves=False)))
     for begin in range(0, int(prompt_length.max()), chunk):
@@ -194,7 +208,7 @@ def start(
         plan,
         carry,
         Sampling.stack(params + [SamplingParams()] * pad),
-        stack_controls(params, target.config.vocab_size, ids, B),
+        controls and controls.replace(slot=controls.slot % rows),  # each rank has its own tables
         _stop_ids(target, stop_token_ids, B),
         limit,
         width=_bucket(max_new_tokens),
@@ -245,14 +259,17 @@ def _make_plan(draft: Draft | None, batch: int, tree: str, drafting: str, draft_
 def empty_prefill(
     target: Target, draft: Draft | None, B: int, rows: int, pages_per_row: int
 ) -> Prefill:
-    """Caches of B rows in which each of the first `rows` has its own pages; page 0 is trash."""
-    table = np.zeros((B, pages_per_row), np.int32)
-    table[:rows] = 1 + np.arange(rows * pages_per_row).reshape(rows, pages_per_row)
+    """Caches of B rows in which each of the first `rows` has its own pages; page 0 is trash.
+
+    Each rank of the data axis has page ids and a trash page of its own.
+    """
+    mesh = target.backend.mesh
+    per_rank = rows_per_rank(B, mesh)
+    table = 1 + np.arange(per_rank * pages_per_row, dtype=np.int32).reshape(per_rank, -1)
+    table = np.tile(table, (data_size(mesh), 1))
+    table[rows:] = 0
     make_cache = functools.partial(
-        init_cache,
-        num_pages=1 + B * pages_per_row,
-        page_size=PAGE_SIZE,
-        mesh=target.backend.mesh,
+        init_cache, num_pages=1 + per_rank * pages_per_row, page_size=PAGE_SIZE, mesh=mesh
     )
     dtype, width = target.config.dtype, target.config.hidden_size
     return Prefill(

@@ -6,10 +6,14 @@ filters keep the tokens at or above a threshold, so ties at the threshold stay i
 
 Keys depend on (seed of the request, absolute position, purpose) alone: neither batch row nor round
 enters, so a seeded text does not depend on the batch mix, the tree (greedy drafting) or a mesh.
+
+On a mesh each device has the scores of its own tokens, and makes their noise. What is exchanged is
+a maximum or a sum of each row: thresholds are found by counting, not by sorting.
 """
 
 import dataclasses
 import enum
+import functools
 import math
 from typing import Any
 
@@ -19,8 +23,13 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from .sharding import ONE_DEVICE, Backend
+
 MAX_BAD_WORDS, MAX_BAD_WORD_LENGTH = 64, 8
 """Of one request; the device keeps a table of this size for each sequence."""
+
+_CUT_BITS = 4
+"""Bits of a threshold that are found at a time where the vocabulary is cut."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,26 +193,32 @@ def processed_scores(
     logits_BMV: Float[Array, "B M V"],
     sampling: Sampling,
     allowed_bits: UInt32[Array, "B M V/32"] | None = None,
+    backend: Backend = ONE_DEVICE,
 ) -> Float[Array, "B M V"]:
     """Logits of the processed law: softmax of the result is what tokens are drawn from.
 
-    At temperature 0 the law is a point mass on the (first) argmax. Tokens outside the law are
-    -inf; a row without any token, or with NaN or +inf, comes back all -inf (see `is_defined`).
+    The best token of a law has score 0. At temperature 0 the law is a point mass on the (first)
+    argmax. Tokens outside the law are -inf; a row without any token, or with NaN or +inf, comes
+    back all -inf (see `is_defined`).
     """
     logits_BMV = restrict(logits_BMV, allowed_bits)
-    broken_BMV = jnp.isnan(logits_BMV) | (logits_BMV == jnp.inf)
-    broken_BM1 = jnp.any(broken_BMV, axis=-1, keepdims=True)
+    return _scores(logits_BMV, *best(logits_BMV), sampling, backend)
+
+
+def _scores(logits_BMV, best_BM, top_BM, sampling: Sampling, backend: Backend):
+    """`processed_scores` of logits whose best token and its logit are known."""
+    best_BM1, top_BM1 = best_BM[..., None], top_BM[..., None]
     greedy_B11 = (sampling.temperature == 0)[:, None, None]
     # Scores count from the best one: a tiny temperature makes the others -inf, not all of them inf.
-    top_BM1 = jnp.max(logits_BMV, axis=-1, keepdims=True)
     scores_BMV = logits_BMV - jnp.where(jnp.isfinite(top_BM1), top_BM1, 0.0)
     scores_BMV = scores_BMV / jnp.where(greedy_B11, 1.0, sampling.temperature[:, None, None])
     filtered = jnp.any((sampling.top_k > 0) | (sampling.top_p < 1) | (sampling.min_p > 0))
-    scores_BMV = jax.lax.cond(filtered, _filter, lambda scores, _: scores, scores_BMV, sampling)
-    best_BM1 = jnp.argmax(logits_BMV, axis=-1, keepdims=True)
+    keep = functools.partial(_filter, bits=_CUT_BITS if backend.cuts_vocab else 1)
+    scores_BMV = jax.lax.cond(filtered, keep, lambda scores, _: scores, scores_BMV, sampling)
     token_11V = jnp.arange(logits_BMV.shape[-1])[None, None]
     point_BMV = jnp.where((token_11V == best_BM1) & (logits_BMV > -jnp.inf), 0.0, -jnp.inf)
     scores_BMV = jnp.where(greedy_B11, point_BMV, scores_BMV)
+    broken_BM1 = jnp.isnan(top_BM1) | (top_BM1 == jnp.inf)
     return jnp.where(broken_BM1, -jnp.inf, scores_BMV)
 
 
@@ -212,27 +227,35 @@ def is_defined(scores_BMV: Float[Array, "B M V"]) -> Bool[Array, "B M"]:
     return jnp.any(scores_BMV > -jnp.inf, axis=-1)
 
 
-def _filter(scores_BMV, sampling: Sampling):
+def _filter(scores_BMV, sampling: Sampling, bits: int):
     """Keeps the tokens that pass top-k, top-p and min-p of their row; the rest become -inf."""
     V = scores_BMV.shape[-1]
-    top_BM1 = jnp.max(scores_BMV, axis=-1, keepdims=True)
-    probs_BMV = jnp.where(scores_BMV > -jnp.inf, jnp.exp(scores_BMV - top_BM1), 0.0)
+    probs_BMV = jnp.where(scores_BMV > -jnp.inf, jnp.exp(scores_BMV), 0.0)
     order_BMV = _ordered_bits(scores_BMV)
 
     def column(x_B):
         return x_B[:, None, None]
 
+    def count(keep_BMTV):
+        return jnp.sum(keep_BMTV, axis=-1)
+
     k_B11 = jnp.where(column(sampling.top_k) > 0, column(sampling.top_k), V)
-    count = lambda keep: jnp.sum(keep, axis=-1, keepdims=True)  # noqa: E731
-    keep_BMV = order_BMV >= _largest(order_BMV, lambda keep: count(keep) >= k_B11)
+    keep_BMV = order_BMV >= _largest(
+        order_BMV, lambda keep: count(keep) >= k_B11, bits, jnp.any(sampling.top_k > 0)
+    )
 
     probs_BMV = jnp.where(keep_BMV, probs_BMV, 0.0)
-    mass = lambda keep: jnp.sum(jnp.where(keep, probs_BMV, 0.0), axis=-1, keepdims=True)  # noqa: E731
-    wanted_BM1 = column(sampling.top_p) * mass(keep_BMV)
-    nucleus_BMV = order_BMV >= _largest(order_BMV, lambda keep: mass(keep) >= wanted_BM1)
+
+    def mass(keep_BMTV):
+        return jnp.sum(jnp.where(keep_BMTV, probs_BMV[:, :, None], 0.0), axis=-1)
+
+    wanted_BM1 = column(sampling.top_p) * mass(keep_BMV[:, :, None])
+    nucleus_BMV = order_BMV >= _largest(
+        order_BMV, lambda keep: mass(keep) >= wanted_BM1, bits, jnp.any(sampling.top_p < 1)
+    )
     keep_BMV &= nucleus_BMV | (column(sampling.top_p) >= 1)
     keep_BMV &= probs_BMV >= column(sampling.min_p)  # the largest probability is scaled to 1
-    return jnp.where(keep_BMV | (scores_BMV == top_BM1), scores_BMV, -jnp.inf)
+    return jnp.where(keep_BMV | (scores_BMV == 0), scores_BMV, -jnp.inf)
 
 
 def _ordered_bits(x: Float[Array, "..."]) -> Int[Array, "..."]:
@@ -242,23 +265,27 @@ def _ordered_bits(x: Float[Array, "..."]) -> Int[Array, "..."]:
     return bits ^ ((bits >> 31) & jnp.int32(0x7FFFFFFF))
 
 
-def _largest(order_BMV, enough):
+def _largest(order_BMV, enough, bits: int, wanted: Bool[Array, ""]):
     """The largest threshold t, [B, M, 1], for which enough(order >= t) holds; exact.
 
-    Bisection over the 32 bits costs 32 passes over the vocabulary and no sort, which is several
-    times cheaper than sorting on a CPU and parallel on a GPU.
+    Where no row asks for one, none is `wanted`: the lowest, which all tokens reach.
+
+    `enough` takes the tokens that reach each of T thresholds, [B, M, T, V], and is true for the
+    first ones. A search bit by bit costs 32 passes over the vocabulary and no sort, which is
+    several times cheaper than sorting on a CPU and parallel on a GPU. Several `bits` a step compare
+    more and reduce less often, which is an all-reduce where the vocabulary is cut.
     """
-    lowest, highest = jnp.iinfo(jnp.int32).min, jnp.iinfo(jnp.int32).max
-    shape = (*order_BMV.shape[:-1], 1)
+    digit_11T = jnp.arange(1, 1 << bits, dtype=jnp.int32)[None, None]
 
-    def halve(_, bounds):
-        low, high = bounds
-        middle = (low >> 1) + (high >> 1) + (low & high & 1) + ((low ^ high) & 1)
-        fits = enough(order_BMV >= middle)
-        return jnp.where(fits, middle, low), jnp.where(fits, high, middle - 1)
+    def refine(step, low_BM1):
+        # Counted from the lowest integer, in arithmetic that wraps around.
+        shift = 32 - bits * (step + 1)
+        tried_BMT = low_BM1 + (digit_11T << shift)
+        fits_BMT = enough(order_BMV[:, :, None] >= tried_BMT[..., None])
+        return low_BM1 + (jnp.sum(fits_BMT, axis=-1, keepdims=True, dtype=jnp.int32) << shift)
 
-    bounds = jnp.full(shape, lowest, jnp.int32), jnp.full(shape, highest, jnp.int32)
-    return jax.lax.fori_loop(0, 32, halve, bounds)[0]
+    lowest_BM1 = jnp.full((*order_BMV.shape[:-1], 1), jnp.iinfo(jnp.int32).min, jnp.int32)
+    return jax.lax.fori_loop(0, jnp.where(wanted, 32 // bits, 0), refine, lowest_BM1)
 
 
 def draw(
@@ -266,6 +293,7 @@ def draw(
     sampling: Sampling,
     position_BM: Int[Array, "B M"],
     allowed_bits: UInt32[Array, "B M V/32"] | None = None,
+    backend: Backend = ONE_DEVICE,
 ) -> Int[Array, "B M"]:
     """One token a node from its processed law, by the Gumbel-max trick; -1 where it is undefined.
 
@@ -273,19 +301,33 @@ def draw(
     only one of them can lie on the path. A batch without sampling pays for one argmax alone.
     """
 
-    def greedy(logits_BMV):
-        return _best(restrict(logits_BMV, allowed_bits))
+    logits_BMV = restrict(logits_BMV, allowed_bits)
+    best_BM, top_BM = best(logits_BMV)
+
+    def greedy(_):
+        return best_BM, top_BM
 
     def sampled(logits_BMV):
-        scores_BMV = processed_scores(logits_BMV, sampling, allowed_bits)
+        scores_BMV = _scores(logits_BMV, best_BM, top_BM, sampling, backend)
         noise = gumbel(sampling.seed, position_BM, Purpose.TARGET, scores_BMV.shape[-1])
-        return _best(scores_BMV + noise)
+        # Not `best`: a CPU would make the noise once for each of its results.
+        scores_BMV = scores_BMV + noise
+        token_BM = jnp.argmax(scores_BMV, axis=-1).astype(jnp.int32)
+        return token_BM, backend.columns(scores_BMV, token_BM[..., None])[..., 0]
 
-    return jax.lax.cond(jnp.any(sampling.temperature > 0), sampled, greedy, logits_BMV)
-
-
-def _best(scores_BMV) -> Int[Array, "B M"]:
-    """Argmax; -1 where the best score is NaN (which argmax prefers) or infinite."""
-    token_BM = jnp.argmax(scores_BMV, axis=-1).astype(jnp.int32)
-    top_BM = jnp.take_along_axis(scores_BMV, token_BM[..., None], axis=-1)[..., 0]
+    token_BM, top_BM = jax.lax.cond(jnp.any(sampling.temperature > 0), sampled, greedy, logits_BMV)
     return jnp.where(jnp.isfinite(top_BM), token_BM, -1)
+
+
+def best(scores: Float[Array, "... V"]) -> tuple[Int[Array, "..."], Float[Array, "..."]]:
+    """(argmax, max) along the last axis, in one pass: the first of equals; NaN is above all."""
+
+    def better(x, y):
+        (x_token, x_score), (y_token, y_score) = x, y
+        above = (x_score > y_score) | (x_score != x_score)
+        first = above | ((x_score == y_score) & (x_token < y_token))
+        return jnp.where(first, x_token, y_token), jnp.where(above, x_score, y_score)
+
+    token = jax.lax.broadcasted_iota(jnp.int32, scores.shape, scores.ndim - 1)
+    identity = jnp.int32(0), jnp.asarray(-jnp.inf, scores.dtype)
+    return jax.lax.reduce((token, scores), identity, better, (scores.ndim - 1,))

@@ -9,6 +9,10 @@ Pages belong to the host: every call gets the page tables of its rows. Programs 
 which they are enqueued, so the host may give the pages of a finished sequence to another one while
 a call that still names the old sequence is under way.
 
+On a mesh pages are cut by heads, and tables over tokens along the vocabulary. All else is whole on
+every device, and so is what a call gives out: the host reads it from any of them. Each program
+leaves the slots cut in this one way, or the next one would be compiled again.
+
 Boundary features. Draft slot i needs the target's feature of token i - 1. A sequence that finds its
 first pages in the prefix cache continues behind them, so the feature of the last token of each full
 page is kept beside the page (`Slots.boundary`), written by whoever fills it. No block is lost.
@@ -30,8 +34,10 @@ from .draft import Draft
 from .generate import round_step
 from .llama import Target
 from .logprobs import MAX_TOP, Logprobs
+from .packing import COMPILER_OPTIONS
 from .prefill import Prefill, extend_prompt, first_token
 from .sampling import Sampling, SamplingParams
+from .sharding import Backend, page_sharding
 from .state import DecodeState, Plan, init_state
 
 
@@ -121,22 +127,23 @@ def init_slots(
         make_cache(target.config, table),
         make_cache(draft.config.layer, table) if draft else None,
         jax.tree.map(jnp.asarray, Sampling.stack(idle)),
-        _no_controls(S, V),
+        _no_controls(S, V, target.backend),
         jnp.full((S, num_stop_ids), -1, jnp.int32),
         jnp.ones(S, jnp.int32),
         width=max_tokens, path_length=path_length, sync_length=sync_length, feature_BF=feature_SF,
     )  # fmt: skip
     state = state.replace(
         finish=jnp.ones(S, jnp.int32),  # nobody runs
-        logprobs=Logprobs.empty(S, path_length, min(MAX_TOP, V)),
+        logprobs=Logprobs.empty(S, path_length, min(MAX_TOP, V), target.backend),
     )
-    return Slots(state, feature_SF, jnp.zeros((num_pages, width), target.config.dtype))
+    boundary_PF = jnp.zeros((num_pages, width), target.config.dtype)
+    return _placed(target, Slots(state, feature_SF, boundary_PF))
 
 
-def _no_controls(S: int, V: int) -> Controls:
+def _no_controls(S: int, V: int, backend: Backend) -> Controls:
     row = jax.tree.map(jnp.asarray, Row.of(SamplingParams(), V))
     tables: Any = {name: jnp.repeat(x[None], S, axis=0) for name, x in vars(row).items()}
-    return Controls(slot=jnp.arange(S, dtype=jnp.int32), **tables)
+    return Controls(slot=jnp.arange(S, dtype=jnp.int32), **tables, backend=backend)
 
 
 @functools.partial(jax.jit, donate_argnames=("slots",))
@@ -177,7 +184,7 @@ def admit(slots: Slots, slot: Int[Array, ""], new: Admission) -> Slots:
     return slots.replace(state=state, last_feature=put(slots.last_feature, feature_F))
 
 
-@functools.partial(jax.jit, donate_argnames=("slots",))
+@functools.partial(jax.jit, donate_argnames=("slots",), compiler_options=COMPILER_OPTIONS)
 def prefill(
     target: Target,
     draft: Draft | None,
@@ -205,10 +212,16 @@ def prefill(
         boundary = _keep_boundaries(slots.boundary, before.cache, features_BTF, count_B)
         last = slots.last_feature.at[slot_B].set(carry.last_feature)
         slots = slots.replace(boundary=boundary, last_feature=last)
-    return slots.replace(state=_put(slots.state, slot_B, state)), _outputs(before, state)
+    slots = slots.replace(state=_put(slots.state, slot_B, state))
+    return _placed(target, slots), _placed(target, _outputs(before, state))
 
 
-@functools.partial(jax.jit, static_argnames=("plan",), donate_argnames=("slots",))
+@functools.partial(
+    jax.jit,
+    static_argnames=("plan",),
+    donate_argnames=("slots",),
+    compiler_options=COMPILER_OPTIONS,
+)
 def decode(
     target: Target,
     draft: Draft | None,
@@ -233,10 +246,11 @@ def decode(
         count_B = state.cache.length - before.cache.length
         boundary = _keep_boundaries(slots.boundary, before.cache, features_BAF, count_B)
         slots = slots.replace(boundary=boundary)
-    return slots.replace(state=_put(slots.state, slot_B, state)), _outputs(before, state)
+    slots = slots.replace(state=_put(slots.state, slot_B, state))
+    return _placed(target, slots), _placed(target, _outputs(before, state))
 
 
-@functools.partial(jax.jit, donate_argnames=("slots",))
+@functools.partial(jax.jit, donate_argnames=("slots",), compiler_options=COMPILER_OPTIONS)
 def catch_up(
     target: Target,
     draft: Draft,
@@ -259,7 +273,7 @@ def catch_up(
         count=jnp.minimum(sync.count, 1),
     )
     state = state.replace(draft_cache=cache, sync=sync)
-    return slots.replace(state=_put(slots.state, slot_B, state))
+    return _placed(target, slots.replace(state=_put(slots.state, slot_B, state)))
 
 
 def _outputs(before: DecodeState, state: DecodeState) -> Outputs:
@@ -290,6 +304,23 @@ def _keep_boundaries(boundary_PF, cache: PagedCache, features_BAF, count_B):
     page_BA = jnp.take_along_axis(cache.page_table, column_BA, axis=1)
     page_BA = jnp.where(fills_BA, page_BA, 0)
     return boundary_PF.at[page_BA].set(features_BAF.astype(boundary_PF.dtype))
+
+
+def _placed(target: Target, tables: Any) -> Any:
+    """Slots or outputs where they belong on the target's mesh, whichever program made them."""
+    mesh, shard = target.backend.mesh, target.backend.shard
+    if mesh is None:
+        return tables
+    pages = functools.partial(jax.lax.with_sharding_constraint, shardings=page_sharding(mesh))
+
+    def placed(x):
+        if isinstance(x, Controls):
+            return x.spread()
+        if not isinstance(x, PagedCache):
+            return shard(x)
+        return x.replace(k_pages=pages(x.k_pages), v_pages=pages(x.v_pages), length=shard(x.length))
+
+    return jax.tree.map(placed, tables, is_leaf=lambda x: isinstance(x, PagedCache | Controls))
 
 
 class _Shared(struct.PyTreeNode):

@@ -19,6 +19,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from .sampling import Purpose, Sampling, draw, gumbel, is_defined, processed_scores, uniform
+from .sharding import ONE_DEVICE, Backend
 from .tree import Tree
 
 
@@ -44,13 +45,14 @@ class DraftLaw(struct.PyTreeNode):
     """Which of the E expanded nodes a node is; anything for a leaf."""
     draft_to_target: Int[Array, "U"] | None
     """Target token of each draft token; None: the vocabularies are the same."""
+    backend: Backend = struct.field(pytree_node=False, default=ONE_DEVICE)
 
     def at(self, node_B: Int[Array, "B"], vocab_size: int) -> Float[Array, "B V"]:
         """The law at one node a sequence, over target tokens."""
         probs_BU = _at(self.probs, _at(self.expanded, node_B))
         if self.draft_to_target is None:
             return probs_BU
-        return jnp.zeros((probs_BU.shape[0], vocab_size)).at[:, self.draft_to_target].set(probs_BU)
+        return self.backend.spread_columns(probs_BU, self.draft_to_target, vocab_size)
 
 
 def verify(
@@ -64,6 +66,7 @@ def verify(
     max_depth: int,
     max_children: int,
     allowed_bits: UInt32[Array, "B M V/32"] | None = None,
+    backend: Backend = ONE_DEVICE,
 ) -> Verdict:
     """Accepts the longest path that the target's processed law supports.
 
@@ -75,18 +78,20 @@ def verify(
       sampling: the requests' parameters.
       max_depth, max_children: static bounds of the tree.
       allowed_bits: tokens that may follow each node (guided decoding; see `sampling.restrict`)
+      backend: how the logits are cut.
     """
     position_BM = length_B[:, None] + tree.depth + 1
     if draft_law is None:
-        drawn_BM = draw(logits_BMV, sampling, position_BM, allowed_bits)
+        drawn_BM = draw(logits_BMV, sampling, position_BM, allowed_bits, backend)
         step = functools.partial(_matching_child, tree, tokens_BM, drawn_BM)
         path_BA, num_accepted_B = _walk(step, length_B, max_depth)
         bonus_B = _at(drawn_BM, path_BA[:, -1])
         return Verdict(path_BA, num_accepted_B, bonus_B, error=bonus_B < 0)
-    scores_BMV = processed_scores(logits_BMV, sampling, allowed_bits)
+    scores_BMV = processed_scores(logits_BMV, sampling, allowed_bits, backend)
     return _verify_sampled(
-        tree, tokens_BM, draft_law, scores_BMV, position_BM, sampling, max_depth, max_children
-    )
+        tree, tokens_BM, draft_law, scores_BMV, position_BM, sampling, max_depth, max_children,
+        backend,
+    )  # fmt: skip
 
 
 def _at(x_BM, node_B):
@@ -130,8 +135,9 @@ class _Trial(struct.PyTreeNode):
 
 
 def _verify_sampled(
-    tree, tokens_BM, law: DraftLaw, scores_BMV, position_BM, sampling, max_depth, max_children
-) -> Verdict:
+    tree, tokens_BM, law: DraftLaw, scores_BMV, position_BM, sampling, max_depth, max_children,
+    backend: Backend,
+) -> Verdict:  # fmt: skip
     B, _, V = scores_BMV.shape
 
     def step(carry, _):
@@ -143,7 +149,9 @@ def _verify_sampled(
             found=jnp.zeros(B, bool),
         )
         position_B = _at(position_BM, node_B)
-        body = functools.partial(_try_child, tree, tokens_BM, node_B, position_B, sampling)
+        body = functools.partial(
+            _try_child, tree, tokens_BM, node_B, position_B, sampling, backend=backend
+        )
         trial = jax.lax.fori_loop(0, max_children, body, trial)
         found_B = going_B & trial.found
         residual_BV = jnp.where(going_B[:, None], trial.target_probs, residual_BV)
@@ -170,13 +178,16 @@ def _verify_sampled(
     )
 
 
-def _try_child(tree: Tree, tokens_BM, node_B, position_B, sampling, rank, trial: _Trial) -> _Trial:
+def _try_child(
+    tree: Tree, tokens_BM, node_B, position_B, sampling, rank, trial: _Trial, *,
+    backend: Backend = ONE_DEVICE,
+) -> _Trial:  # fmt: skip
     """Tries the child of `rank`; on rejection moves on to the residual laws."""
     is_child_BM = _children(tree, node_B) & (tree.rank == rank)
     child_B = jnp.argmax(is_child_BM, axis=1).astype(jnp.int32)
     token_B = _at(tokens_BM, child_B)
-    target_prob_B = _at(trial.target_probs, token_B)
-    draft_prob_B = _at(trial.draft_probs, token_B)
+    target_prob_B = backend.columns(trial.target_probs, token_B[:, None])[:, 0]
+    draft_prob_B = backend.columns(trial.draft_probs, token_B[:, None])[:, 0]
     # Fewer tokens in the draft's law than children: the surplus children were never drawn.
     tried_B = jnp.any(is_child_BM, axis=1) & (draft_prob_B > 0) & ~trial.found
 
@@ -204,6 +215,6 @@ def _normalise(mass_BV, otherwise_BV):
 
 
 def _softmax(scores_BV):
-    """Softmax that gives zeros, not NaN, where the law is undefined."""
-    probs_BV = jax.nn.softmax(scores_BV, axis=-1)
-    return jnp.where(is_defined(scores_BV[:, None]), probs_BV, 0.0)
+    """Softmax of scores whose largest is 0; zeros, not NaN, where the law is undefined."""
+    mass_BV = jnp.exp(scores_BV)
+    return _normalise(mass_BV, mass_BV)

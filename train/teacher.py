@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from jax_eagle import Target
 from jax_eagle.attention import View
-from jax_eagle.config import LlamaConfig
+from jax_eagle.config import ConfigError, LlamaConfig
 from jax_eagle.layers import RMSNorm, rope_angles
 from jax_eagle.llama import DecoderLayer
 from jax_eagle.unroll import Text
@@ -40,7 +40,16 @@ class Teacher(struct.PyTreeNode):
 
     @classmethod
     def of(cls, target: Target) -> "Teacher":
-        """Stacks a target's layers; the target's own arrays are not needed afterwards."""
+        """Stacks a target's layers; the target's own arrays are not needed afterwards.
+
+        Raises:
+          ConfigError: a target with MoE layers.
+        """
+        if target.config.moe is not None:
+            layers = list(target.config.moe.layers)
+            raise ConfigError(
+                f"a target with MoE layers {layers}: expected a dense one to learn from"
+            )
         names = [f"layers_{i}" for i in range(target.config.num_layers)]
         size = period(target.config)
         groups = [
@@ -94,9 +103,12 @@ def ancestors_of_text(text: Text) -> jax.Array:
 
 def period(config: LlamaConfig) -> int:
     """Layers after which the kinds of layers repeat: the unit of the scan."""
-    rotary = [config.uses_rope(i) for i in range(config.num_layers)]
-    sizes = (n for n in range(1, len(rotary) + 1) if len(rotary) % n == 0)
-    return next(n for n in sizes if rotary[:n] * (len(rotary) // n) == rotary)
+    kinds = [
+        (config.uses_rope(i), config.stored("attention", i), config.stored("mlp", i))
+        for i in range(config.num_layers)
+    ]
+    sizes = (n for n in range(1, len(kinds) + 1) if len(kinds) % n == 0)
+    return next(n for n in sizes if kinds[:n] * (len(kinds) // n) == kinds)
 
 
 @jax.jit

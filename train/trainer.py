@@ -20,7 +20,7 @@ import numpy as np
 from jax_eagle import Target, load_target
 from jax_eagle.config import ConfigError, DraftConfig
 from jax_eagle.prompts import SUITES
-from jax_eagle.sharding import make_mesh
+from jax_eagle.sharding import check_divides, make_mesh
 
 from . import checkpoint, init
 from .checkpoint import Checkpoints, Progress
@@ -389,7 +389,9 @@ def _placed(config: TrainConfig, target: Target) -> Target:
     m = config.mesh
     if m.data * m.fsdp * m.tensor == 1 or backend.mesh is not None:
         return target
-    return target.spread(make_mesh(m.tensor, data=m.data, fsdp=m.fsdp))
+    mesh = make_mesh(m.tensor, data=m.data, fsdp=m.fsdp)
+    check_divides(target.config, mesh)  # `spread` would repeat KV heads, and the draft's with them
+    return target.spread(mesh)
 
 
 def _figures(metrics: dict[str, Mean]) -> dict[str, float]:

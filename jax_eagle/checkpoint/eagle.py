@@ -8,15 +8,18 @@ writes those.
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 
-from ..config import ConfigError, DraftConfig
-from ..draft import Draft
+from ..config import ConfigError, DraftConfig, Quantization
+from ..draft import Draft, draft_placement
 from ..llama import Target
+from ..quantize import draft_forms, quantized_draft
+from ..sharding import Backend
 from . import eagle3, eagle_llama
 from .files import read_json, write_json, write_safetensors
 from .hf import INDEX, SINGLE, read_folder
@@ -32,11 +35,18 @@ from .mapping import (
 
 
 def load(
-    folder: Path, *, dtype: str, target: Target | None = None, numbering: str | None = None
+    folder: Path,
+    *,
+    dtype: str,
+    target: Target | None = None,
+    numbering: str | None = None,
+    backend: Backend = Backend(),
+    quantization: Quantization | str | None = None,
 ) -> Draft:
-    """Reads a draft folder of any form.
+    """Reads a draft folder of any form, onto the devices of the backend's mesh.
 
     Args:
+      quantization: how to store weights; None: as the folder has them.
       target: what the draft is for; None: not known, which a few EAGLE-3 folders do not allow.
       numbering: how an EAGLE-3 folder numbers the tapped layers, "enter" or "output"; None: by
         where it names them.
@@ -54,7 +64,8 @@ def load(
             fields, tensors, dtype=dtype, target=target, numbering=numbering
         )
         entries = eagle3.entries_of(config, eagle3.first_layer_of(tensors))
-        return _draft(config, entries, tensors, folder, eagle3.MAY_HOLD)
+        config = quantized_draft(config, quantization)
+        return _draft(config, entries, tensors, folder, eagle3.MAY_HOLD, backend)
     if numbering is not None:
         raise ConfigError(f"numbering {numbering}: a choice for EAGLE-3 folders of other programs")
     if is_own:
@@ -62,7 +73,8 @@ def load(
     else:
         config = eagle_llama.read_config(fields, tensors, folder, dtype=dtype)
         ignored = eagle_llama.MAY_HOLD
-    return _draft(config, draft_entries(config), tensors, folder, ignored)
+    config = quantized_draft(config, quantization)
+    return _draft(config, draft_entries(config), tensors, folder, ignored, backend)
 
 
 def _draft(
@@ -71,6 +83,7 @@ def _draft(
     tensors: Mapping[str, Tensor],
     folder: Path,
     ignored: tuple[str, ...],
+    backend: Backend,
 ) -> Draft:
     """The draft, if its tensors are those that the config calls for."""
     expected = file_shapes(entries)
@@ -82,13 +95,20 @@ def _draft(
         ids_U = (np.arange(num_tokens) + tensors["d2t"].read()).astype(np.int32)
     if "t2d" in tensors:
         eagle3.check_flags(tensors["t2d"], ids_U, config.layer.vocab_size)
-    params = to_params(entries, tensors, dtype=config.layer.dtype)
-    mapping = None if ids_U is None else jnp.asarray(ids_U)
+    placement, forms = draft_placement(config, backend), draft_forms(config)
+    dtype = config.layer.dtype
+    params = to_params(entries, tensors, dtype=dtype, placement=placement, forms=forms)
+    config = replace(config, layer=placement.fitted(config.layer))
+    mapping = None if ids_U is None else jax.device_put(ids_U, placement.of_file(None))
     return Draft(params=params, draft_to_target=mapping, config=config)
 
 
 def save(draft: Draft, folder: str | os.PathLike) -> None:
-    """Writes a folder of our own form, which `load` reads back bit-equal."""
+    """Writes a folder of our own form, which `load` reads back bit-equal.
+
+    Raises:
+      ConfigError: a quantised draft; `orbax.save_draft` takes it.
+    """
     tensors = to_tensors(draft_entries(draft.config), draft.params)
     if draft.draft_to_target is not None:
         tensors["d2t"] = eagle3.offsets(draft.draft_to_target)

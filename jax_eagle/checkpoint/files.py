@@ -7,11 +7,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
 
 from .mapping import CheckpointError, Tensor
+
+_LENGTH = 8
+"""Bytes of the number with which a safetensors file begins: the length of its header."""
+_DTYPES = {
+    "BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16",
+    "U32": "uint32", "I32": "int32", "U64": "uint64", "I64": "int64",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F16": "float16", "BF16": "bfloat16",
+    "F32": "float32", "F64": "float64",
+}  # fmt: skip
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -32,22 +42,43 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of one file by name; values are read when asked for.
+    """The tensors of one file by name. Read, they are views of the file mapped into memory.
 
     Raises:
-      CheckpointError: the file is missing or truncated.
+      CheckpointError: the file is missing or truncated, or has a dtype that we do not know.
     """
     try:
-        file = safetensors.safe_open(path, framework="numpy")
-        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+        with safetensors.safe_open(path, framework="numpy"):
+            pass  # the library checks header and length
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(_LENGTH), "little")
+            header = json.loads(file.read(size))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
     except (safetensors.SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: truncated, or not a safetensors file ({error})") from None
+    header.pop("__metadata__", None)
+    for name, spec in header.items():
+        if spec["dtype"] not in _DTYPES:
+            known = ", ".join(_DTYPES)
+            raise CheckpointError(
+                f"{path}: tensor {name} has dtype {spec['dtype']}, expected one of {known}"
+            )
     return {
-        name: Tensor(path, shape, functools.partial(file.get_tensor, name))
-        for name, shape in shapes.items()
+        name: Tensor(
+            path, tuple(spec["shape"]), functools.partial(_map_tensor, path, _LENGTH + size, spec)
+        )
+        for name, spec in header.items()
     }
+
+
+def _map_tensor(path: Path, begin: int, spec: Mapping[str, Any]) -> np.ndarray:
+    """A tensor as a view of its file, of which `begin` is the first byte behind the header."""
+    dtype, shape = jnp.dtype(_DTYPES[spec["dtype"]]), tuple(spec["shape"])
+    if 0 in shape:
+        return np.empty(shape, dtype)
+    offset = begin + spec["data_offsets"][0]
+    return np.asarray(np.memmap(path, dtype, mode="r", offset=offset, shape=shape))
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:

@@ -14,8 +14,10 @@ from typing import Any
 import gguf
 import numpy as np
 
-from ..config import LlamaConfig
-from ..llama import Target
+from ..config import LlamaConfig, Quantization
+from ..llama import Target, target_placement
+from ..quantize import quantized, target_forms
+from ..sharding import Backend
 from ..tokenizer import Tokenizer
 from .mapping import (
     CheckpointError,
@@ -28,23 +30,35 @@ from .mapping import (
 )
 
 
-def load(path: Path, *, dtype: str) -> Target:
-    """Reads a GGUF file.
+def load(
+    path: Path,
+    *,
+    dtype: str,
+    backend: Backend = Backend(),
+    quantization: Quantization | str | None = None,
+) -> Target:
+    """Reads a GGUF file; values go tensor by tensor to the devices of the backend's mesh.
+
+    Args:
+      quantization: how to store weights; None: dequantised.
 
     Raises:
       CheckpointError: not a whole GGUF file, or tensors that do not fit its metadata.
-      ConfigError: an architecture other than llama.
+      ConfigError: an architecture other than llama, a quantization that does not fit.
     """
     metadata, tensors = read_file(path)
     config = LlamaConfig.from_hf(hf_config(metadata, tensors, path), dtype=dtype)
     by_hf_name = _translate(config, tensors)
     entries = target_entries(config)
     check_tensors(file_shapes(entries), by_hf_name, path, ignored=["rope_freqs.weight"])
-    params = to_params(entries, by_hf_name, dtype=dtype)
+    config = quantized(config, quantization)
+    placement, forms = target_placement(config, backend), target_forms(config)
+    params = to_params(entries, by_hf_name, dtype=dtype, placement=placement, forms=forms)
     tokenizer = None
     if "tokenizer.ggml.tokens" in metadata:
         tokenizer = Tokenizer.from_gguf(metadata)
-    return Target(params=params, config=config, tokenizer=tokenizer)
+    config = placement.fitted(config)
+    return Target(params=params, config=config, tokenizer=tokenizer, backend=backend)
 
 
 def read_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

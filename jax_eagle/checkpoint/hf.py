@@ -1,4 +1,9 @@
-"""Hugging Face folders: config.json, one or many safetensors files, tokenizer files."""
+"""Hugging Face folders: config.json, one or many safetensors files, tokenizer files.
+
+Of multimodal Llama 4 folders the language model is read, which has a prefix there, and of folders
+that hold each expert by itself all experts. `save` writes neither form: experts are stacked, and
+there are no other models.
+"""
 
 import dataclasses
 import os
@@ -6,12 +11,17 @@ from pathlib import Path
 
 import numpy as np
 
-from ..config import LlamaConfig
-from ..llama import Target
+from ..config import LlamaConfig, Quantization, token_ids
+from ..llama import Target, target_placement
+from ..quantize import quantized, target_forms
+from ..sharding import Backend
 from ..tokenizer import Tokenizer
+from . import fp8
+from .experts import fuse_experts, split_experts
 from .files import read_json, read_safetensors, write_json, write_safetensors
 from .mapping import (
     CheckpointError,
+    Entry,
     Tensor,
     check_tensors,
     file_shapes,
@@ -21,30 +31,69 @@ from .mapping import (
 )
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_TEXT = "language_model."
+_OTHER_MODELS = ("vision_model.", "multi_modal_projector.")
+"""Prefixes of multimodal folders: of the model that we read, and of those that we do not."""
 
 
-def load(folder: Path, *, dtype: str) -> Target:
-    """Reads a Hugging Face folder of architecture LlamaForCausalLM.
+def load(
+    folder: Path,
+    *,
+    dtype: str,
+    backend: Backend = Backend(),
+    quantization: Quantization | str | None = None,
+) -> Target:
+    """Reads a Hugging Face folder of a Llama; all checks come before any values are read.
+
+    Values go from the files, which are mapped into memory, to the devices of the backend's mesh.
+
+    Args:
+      quantization: how to store weights; None: as the folder has them.
 
     Raises:
       CheckpointError: a file or a tensor is missing, truncated, left over or of the wrong shape.
-      ConfigError: an architecture or a RoPE type that is not supported.
+      ConfigError: an architecture, a RoPE type or a quantization that is not supported.
     """
     config = read_config(folder, dtype=dtype)
     tensors = read_folder(folder)
     # A tied head may be stored all the same; it is the embedding.
     ignored = ["lm_head.weight"] if config.tie_embeddings else []
     entries = target_entries(config)
-    check_tensors(file_shapes(entries), tensors, folder, ignored=ignored)
-    params = to_params(entries, tensors, dtype=dtype)
-    return Target(params=params, config=config, tokenizer=read_tokenizer(folder))
+    if config.llama4 is not None:
+        entries = _with_prefix(entries, tensors)
+        ignored += [name for name in tensors if name.startswith(_OTHER_MODELS)]
+    published = fp8.find(config, entries, tensors, read_json(folder / "config.json"), folder)
+    if published is not None:
+        config = quantized(config, published.quantization)
+        ignored += published.names
+    stored = split_experts(entries, tensors)
+    check_tensors(file_shapes(stored), tensors, folder, ignored=ignored)
+    if published is not None:
+        entries, tensors = entries + published.entries, tensors | published.tensors
+    config = quantized(config, quantization)
+    placement, forms = target_placement(config, backend), target_forms(config)
+    tensors = fuse_experts(entries, tensors)
+    params = to_params(entries, tensors, dtype=dtype, placement=placement, forms=forms)
+    config, tokenizer = placement.fitted(config), read_tokenizer(folder)
+    return Target(params=params, config=config, tokenizer=tokenizer, backend=backend)
+
+
+def _with_prefix(entries: list[Entry], tensors: dict[str, Tensor]) -> list[Entry]:
+    """The entries under the names of a multimodal folder, if this is one."""
+    if not any(name.startswith(_TEXT) for name in tensors):
+        return entries
+    return [dataclasses.replace(entry, module=_TEXT + entry.module) for entry in entries]
 
 
 def save(target: Target, folder: str | os.PathLike, *, max_shard_bytes: int = 5 * 2**30) -> None:
-    """Writes a folder that `load` (and any reader of Hugging Face folders) reads back bit-equal."""
+    """Writes a folder that `load` (and any reader of Hugging Face folders) reads back bit-equal.
+
+    Raises:
+      ConfigError: a quantised target; `orbax.save_target` takes it.
+    """
+    tensors = to_tensors(target_entries(target.config), target.params)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = to_tensors(target_entries(target.config), target.params)
     shards: list[list[str]] = [[]]
     size = 0
     for name, array in tensors.items():
@@ -81,8 +130,7 @@ def read_config(folder: Path, *, dtype: str) -> LlamaConfig:
     if not (folder / "generation_config.json").is_file():
         return config
     stop = read_json(folder / "generation_config.json").get("eos_token_id")
-    more = LlamaConfig.from_hf(fields | {"eos_token_id": stop}).stop_token_ids
-    both = dict.fromkeys(config.stop_token_ids + more)
+    both = dict.fromkeys(config.stop_token_ids + token_ids(stop))
     return dataclasses.replace(config, stop_token_ids=tuple(both))
 
 

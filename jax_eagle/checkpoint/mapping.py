@@ -6,18 +6,25 @@ parameter shape, anything else is only reshaped. Files of Llama 4 rotate pairs (
 we always rotate (i, i + H/2): so queries and keys are reordered within each head, which no dot
 product and no norm over a head can tell. Both directions follow from the entry alone, hence
 loading, saving and the name translation of GGUF share this one table.
+
+Kernels of experts are stacked, [E, in, out] in files as well: they are only reshaped. (Some files
+hold each expert by itself; see `experts`.)
 """
 
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from ..config import DraftConfig, LlamaConfig
+from ..config import ConfigError, DraftConfig, LlamaConfig, MoE
+from ..placement import Placement
+
+if TYPE_CHECKING:  # models import the tokenizer, and that imports this module
+    from ..quantize import Form
 
 
 class CheckpointError(ValueError):
@@ -50,15 +57,21 @@ class Entry:
     """Leading axes of a kernel that are contracted; 0: not a kernel."""
     interleaved: bool = False
     """The file has rotary pairs side by side in each head."""
+    stack_shape: tuple[int, ...] = ()
+    """Of the kernels of all experts in the file; such a tensor has the module's name."""
 
     @property
     def name(self) -> str:
         """The tensor name in a Hugging Face file."""
+        if self.stack_shape:
+            return self.module
         return f"{self.module}.{'bias' if self.path[-1] == 'bias' else 'weight'}"
 
     @property
     def file_shape(self) -> tuple[int, ...]:
         """The shape in a Hugging Face file."""
+        if self.stack_shape:
+            return self.stack_shape
         if self.num_inputs:
             inputs, outputs = self.shape[: self.num_inputs], self.shape[self.num_inputs :]
             return math.prod(outputs), math.prod(inputs)
@@ -117,11 +130,34 @@ def layer_entries(
             at, (*path, "attention", name), inputs, outputs, c.attention_bias,
             interleaved=c.llama4 is not None and name in "qk",
         )  # fmt: skip
-    mlp = "mlp" if c.llama4 is None else "feed_forward"
-    for name, inputs, outputs in (("gate", (D,), (F,)), ("up", (D,), (F,)), ("down", (F,), (D,))):
-        at = f"{module}.{mlp}.{name}_proj"
-        entries += linear(at, (*path, "mlp", name), inputs, outputs, c.mlp_bias)
+    mlp = f"{module}.{'mlp' if c.llama4 is None else 'feed_forward'}"
+    if c.moe is not None and c.uses_experts(index):
+        return entries + _moe_entries(c, c.moe, mlp, (*path, "moe"))
+    return entries + _swiglu_entries(c, mlp, (*path, "mlp"), F)
+
+
+def _swiglu_entries(
+    config: LlamaConfig, module: str, path: tuple[str, ...], width: int
+) -> list[Entry]:
+    D, F = (config.hidden_size,), (width,)
+    entries = []
+    for name, inputs, outputs in (("gate", D, F), ("up", D, F), ("down", F, D)):
+        at = f"{module}.{name}_proj"
+        entries += linear(at, (*path, name), inputs, outputs, config.mlp_bias)
     return entries
+
+
+def _moe_entries(config: LlamaConfig, moe: MoE, module: str, path: tuple[str, ...]) -> list[Entry]:
+    D, E, F = config.hidden_size, moe.num_experts, moe.intermediate_size
+    experts, shared = f"{module}.experts", f"{module}.shared_expert"
+    return [
+        *linear(f"{module}.router", (*path, "router"), (D,), (E,), bias=False),
+        Entry(
+            f"{experts}.gate_up_proj", (*path, "gate_up"), (E, D, 2, F), stack_shape=(E, D, 2 * F)
+        ),
+        Entry(f"{experts}.down_proj", (*path, "down"), (E, F, D), stack_shape=(E, F, D)),
+        *_swiglu_entries(config, shared, (*path, "shared"), F),
+    ]
 
 
 def target_entries(config: LlamaConfig) -> list[Entry]:
@@ -213,13 +249,31 @@ def file_shapes(entries: Iterable[Entry]) -> dict[str, tuple[int, ...]]:
 
 
 def to_params(
-    entries: Iterable[Entry], tensors: Mapping[str, Tensor], *, dtype: str
+    entries: Iterable[Entry],
+    tensors: Mapping[str, Tensor],
+    *,
+    dtype: str,
+    placement: Placement,
+    forms: "Mapping[tuple[str, ...], Form] | None" = None,
 ) -> dict[str, Any]:
-    """The parameter tree in `dtype`, read from `tensors` (checked, by Hugging Face name)."""
-    leaves = {}
+    """The parameter tree in `dtype`, read from `tensors` (checked, by Hugging Face name).
+
+    One tensor at a time goes to the devices of the placement. Kernels that have a form (see
+    `quantize.stored_forms`) are stored so, unless the file has them so: as float8_e4m3fn, with an
+    entry for their scales.
+    """
+    forms = forms or {}
+    scales = {form.scale_path for form in forms.values()}
+    leaves: dict[tuple[str, ...], Any] = {}
     for entry in entries:
-        array = entry.to_param(tensors[entry.name].read())
-        leaves[entry.path] = jnp.asarray(np.ascontiguousarray(array, dtype=jnp.dtype(dtype)))
+        path, array = entry.path, entry.to_param(tensors[entry.name].read())
+        if path in scales:
+            leaves[path] = placement.read(path, array, "float32")
+        elif path in forms and array.dtype == jnp.float8_e4m3fn:
+            leaves[path] = placement.read(path, array, "float8_e4m3fn")
+        else:
+            leaf = placement.read(path, array, dtype)
+            leaves |= forms[path].store(path, leaf, placement) if path in forms else {path: leaf}
     return nested(leaves)
 
 
@@ -235,12 +289,21 @@ def nested(leaves: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
 
 
 def to_tensors(entries: Iterable[Entry], params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The tensors of a file, by Hugging Face name; the inverse of `to_params`."""
+    """The tensors of a file, by Hugging Face name; the inverse of `to_params`.
+
+    Raises:
+      ConfigError: a kernel that is stored in fewer bits.
+    """
     tensors = {}
     for entry in entries:
         leaf: Any = params
         for key in entry.path:
             leaf = leaf[key]
+        if leaf.dtype.itemsize == 1:
+            raise ConfigError(
+                f"{'/'.join(entry.path)} is stored as {leaf.dtype.name}, for which these files "
+                "have no place: save a quantised model as an Orbax folder (--format orbax)"
+            )
         tensors[entry.name] = entry.to_file(np.asarray(leaf))
     return tensors
 
