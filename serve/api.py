@@ -40,7 +40,8 @@ class Api:
         """Before `attach`, whatever needs the service answers 503."""
         self.config = config
         self.service: Service | None = None
-        self.metrics = Metrics(config.model_names[0], self._status)
+        engines = config.data_parallel_size
+        self.metrics = Metrics(config.model_names[0], self._statuses, engines)
         self._translator: Translator | None = None
         self._running = 0
         self._created = int(time.time())
@@ -102,7 +103,7 @@ class Api:
         work = await asyncio.to_thread(job)
         answer = form(work, self.config.model_names[0], service.tokenizer)
         try:
-            deltas = Merged(service.submit(work.requests))
+            streams = service.submit(work.requests)
         except QueueFull as error:
             message = "the queue is full: try again later"
             raise ApiError(429, message, code="queue_full", retry_after=error.retry_after) from None
@@ -110,7 +111,9 @@ class Api:
             raise self._not_ready() from None
         except ValueError as error:
             raise bad_request(str(error)) from None
-        chunks = self._chunks(answer, deltas, request.state.facts)
+        deltas = Merged(streams)
+        watches = [Watch(self.metrics, stream.engine) for stream in streams]
+        chunks = self._chunks(answer, deltas, watches, request.state.facts)
         if work.body.stream:
             return EventStream(self._events(answer, chunks), deltas, self.config.stream_timeout)
         async with deltas:
@@ -118,10 +121,9 @@ class Api:
         return JSONResponse(answer.whole())
 
     async def _chunks(
-        self, answer: Answer, deltas: Merged, facts: dict[str, Any]
+        self, answer: Answer, deltas: Merged, watches: list[Watch], facts: dict[str, Any]
     ) -> AsyncGenerator[dict[str, Any] | None, None]:
         """Feeds the answer, and the metrics; yields the chunk of each delta."""
-        watches = [Watch(self.metrics) for _ in answer.choices]
         self._running += 1
         try:
             async for index, delta in deltas:
@@ -233,8 +235,8 @@ class Api:
             "max_model_len": self.service.max_model_len if self.service else None,
         }
 
-    def _status(self) -> EngineStatus | None:
-        return self.service.status() if self.service else None
+    def _statuses(self) -> list[EngineStatus]:
+        return self.service.statuses() if self.service else []
 
     def _ready(self) -> "tuple[Service, Translator]":
         if self.service is None or self._translator is None or not self.service.ready:

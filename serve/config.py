@@ -14,6 +14,7 @@ from typing import Any
 from .flags import Parser, check, flag, flag_of, read_file, read_value
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+KV_DTYPES = ("auto", "fp8", "fp8_e4m3")
 LOG_LEVELS = ("critical", "error", "warning", "info", "debug")
 
 USAGE = "python -m serve.server [MODEL] [flags]"
@@ -33,6 +34,10 @@ examples
       the tree by the number of running sequences: to 4, to 16, above
   python -m serve.server ./llama --speculative-config none --max-num-seqs 32 --api-key SECRET
       plain decoding, 32 sequences at a time, for those who know the key
+  python -m serve.server ./llama -tp 4 -dp 2
+      two replicas on four devices each, behind one address
+  python -m serve.server ./llama -tp 16 -n 2 --master-addr 10.0.0.1 --node-rank 0
+      one model on two hosts; the same on the other one with --node-rank 1
   python -m serve.server --config server.yaml --port 9000
       flags from a file; those on the command line win
 
@@ -51,6 +56,8 @@ class SpeculativeConfig:
     tree: tuple[tuple[int | None, str], ...] = ((None, "auto"),)
     """(largest number of running sequences, tree), rising; None: any number. "auto" alone: the
     engine's own table."""
+    quantization: str | None = None
+    """Of the draft's weights, as --quantization says it of the target's."""
 
     @classmethod
     def parse(cls, value: Any) -> "SpeculativeConfig | None":
@@ -70,15 +77,17 @@ class SpeculativeConfig:
             raise ValueError(f"is {value!r}, expected an object such as {{'tree': 'static:8'}}")
         fields = dict(value)
         count = fields.pop("num_speculative_tokens", None)
-        if unknown := sorted(set(fields) - {"method", "model", "tree"}):
+        if unknown := sorted(set(fields) - {field.name for field in dataclasses.fields(cls)}):
             raise ValueError(
-                f"has the unknown key {unknown[0]!r}, expected method, model, tree or "
-                "num_speculative_tokens"
+                f"has the unknown key {unknown[0]!r}, expected method, model, tree, quantization "
+                "or num_speculative_tokens"
             )
         if fields.get("method", "eagle") != "eagle":
             raise ValueError(f"has method {fields['method']!r}, expected 'eagle'")
         if not isinstance(fields.get("model", ""), str):
             raise ValueError(f"has model {fields['model']!r}, expected a name or a path")
+        if not isinstance(fields.get("quantization"), str | None):
+            raise ValueError(f"has quantization {fields['quantization']!r}, expected such as 'fp8'")
         if count is not None:
             if "tree" in fields:
                 raise ValueError("has both tree and num_speculative_tokens: give one of them")
@@ -105,8 +114,8 @@ def _schedule(tree: Any) -> tuple[tuple[int | None, str], ...]:
     return tuple((limit, name) for limit, name in tree)
 
 
-MODEL, SPECULATION, HTTP, LIMITS, CAPACITY, LOGS = (
-    "model", "speculation", "HTTP", "limits of requests", "capacity", "logs"
+MODEL, SPECULATION, HTTP, LIMITS, CAPACITY, DEVICES, LOGS = (
+    "model", "speculation", "HTTP", "limits of requests", "capacity", "devices and hosts", "logs"
 )  # fmt: skip
 
 
@@ -126,6 +135,16 @@ class ServerConfig:
     chat_template: str | None = flag(None, MODEL, "file with a Jinja template to use instead")
     dtype: str = flag(
         "auto", MODEL, "of the weights; auto: float32 on a CPU, else bfloat16", choices=DTYPES
+    )
+    quantization: str | None = flag(
+        None,
+        MODEL,
+        "store weights as fp8, int8 or int4, or by group, such as experts=fp8,mlp=int4; default: "
+        "as the checkpoint has them",
+        "-q",
+    )
+    kv_cache_dtype: str = flag(
+        "auto", MODEL, "of the KV cache; auto: as --dtype", choices=KV_DTYPES
     )
     generation_config: str = flag(
         "auto",
@@ -203,8 +222,28 @@ class ServerConfig:
         0.9, CAPACITY, "share of a GPU's memory to use", least=0.01, most=1.0
     )
     enable_prefix_caching: bool = flag(True, CAPACITY, "share pages of equal prefixes")
-    tensor_parallel_size: int = flag(
-        1, CAPACITY, "devices to spread the model over", "-tp", least=1
+
+    tensor_parallel_size: int = flag(1, DEVICES, "devices to spread the model over", "-tp", least=1)
+    data_parallel_size: int = flag(
+        1, DEVICES, "replicas of the model, each on devices of its own", "-dp", least=1
+    )
+    enable_expert_parallel: bool = flag(
+        False, DEVICES, "each device holds some experts whole, not a share of every one", "-ep"
+    )
+    nnodes: int = flag(
+        1,
+        DEVICES,
+        "processes, one a host, that share the devices: start each with the same flags but "
+        "--node-rank",
+        "-n",
+        least=1,
+    )
+    node_rank: int = flag(
+        0, DEVICES, "which of them this is; 0 serves HTTP and leads the others", "-r", least=0
+    )
+    master_addr: str = flag("127.0.0.1", DEVICES, "address of process 0, for the other ones")
+    master_port: int = flag(
+        29501, DEVICES, "port of process 0, for the other ones", least=1, most=65535
     )
 
     log_format: str = flag("text", LOGS, "lines to read, or JSON", choices=("text", "json"))
@@ -220,11 +259,37 @@ class ServerConfig:
         check(self)
         if not all(key and key.isascii() for key in self.api_key):
             raise ValueError("--api-key: expected ASCII characters, and not none of them")
+        if self.node_rank >= self.nnodes:
+            raise ValueError(f"--node-rank is {self.node_rank}, expected 0 to {self.nnodes - 1}")
+        if self.nnodes > 1 and self.data_parallel_size > 1:
+            raise ValueError(
+                f"--data-parallel-size {self.data_parallel_size} needs --nnodes 1: replicas that "
+                "fit on a host are servers of their own"
+            )
+        if self.tensor_parallel_size % self.nnodes:
+            raise ValueError(
+                f"--tensor-parallel-size {self.tensor_parallel_size} does not divide over "
+                f"--nnodes {self.nnodes}"
+            )
 
     @property
     def model_names(self) -> tuple[str, ...]:
         """What clients may call the model; the first is what answers call it."""
         return self.served_model_name or (self.model,)
+
+    @property
+    def shared(self) -> dict[str, Any]:
+        """What all processes of a server have to agree on, as JSON holds it."""
+        groups, more = (SPECULATION, CAPACITY, DEVICES), ("model", "dtype", "quantization")
+        more = (*more, "kv_cache_dtype", "max_model_len")
+        fields = [
+            field.name
+            for field in dataclasses.fields(self)
+            if field.metadata["group"] in groups or field.name in more
+        ]
+        values = {name: value for name, value in dataclasses.asdict(self).items() if name in fields}
+        del values["node_rank"]
+        return json.loads(json.dumps(values))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,6 +20,7 @@ from jax_eagle.llama import Target
 from jax_eagle.state import FINISH_REASONS
 
 from .device import MAX_STOP_IDS, Device, EngineConfig
+from .group import Leader
 from .pages import PagePool
 from .request import Delta, EngineStatus, Request, RequestStats, TokenLogprob
 from .scheduler import Scheduler, Sequence
@@ -61,13 +62,19 @@ class _Call:
 class Engine:
     """Runs requests. Not thread-safe: one thread calls everything but the constructor."""
 
-    def __init__(self, target: Target, draft: Draft | None, config: EngineConfig):
-        """Allocates the cache and the slots; `warm_up` comes next."""
+    def __init__(
+        self,
+        target: Target,
+        draft: Draft | None,
+        config: EngineConfig,
+        leader: Leader | None = None,
+    ):
+        """Allocates the cache and the slots; `warm_up` comes next. Arguments: those of `Device`."""
         self.config = config
         self._tokenizer = target.tokenizer
         self.vocab_size = target.config.vocab_size
         self.stop_token_ids = target.config.stop_token_ids
-        self._device = Device(target, draft, config)
+        self._device = Device(target, draft, config, leader)
         self._plans = self._device.plans
         self.pool = PagePool(
             config.num_pages, config.page_size, prefix_caching=config.prefix_caching
@@ -145,6 +152,10 @@ class Engine:
     def warm_up(self) -> Iterator[tuple[str, float]]:
         """Compiles every program, or loads it from the cache; yields names and seconds."""
         return self._device.warm_up()
+
+    def has_lost(self, seconds: float) -> bool:
+        """Whether a process with some of the devices is gone, or soon found to be."""
+        return self._device.has_lost(seconds)
 
     @property
     def busy(self) -> bool:

@@ -2,7 +2,8 @@
 
 The socket listens at once, so that /health says 503 while the model loads; requests are taken when
 everything is compiled. SIGTERM and SIGINT drain: no new requests, the running ones get
-`shutdown_timeout` seconds, a second signal gives them none. Then the process ends with code 0.
+`shutdown_timeout` seconds, a second signal gives them none. Then the process ends with code 0. Of
+several processes the first one lives like this, and the end of any is the end of all.
 """
 
 import asyncio
@@ -13,7 +14,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import uvicorn
 
@@ -21,7 +22,9 @@ from . import log
 from .api import Api
 from .config import ServerConfig
 from .connection import MAX_HEADER_BYTES, Connection
+from .group import Leader, Lost
 from .log import LoadLine
+from .request import together
 
 FLUSH_SECONDS = 5
 """What clients get at the end to read answers that are finished."""
@@ -35,19 +38,54 @@ class _Uvicorn(uvicorn.Server):
         yield
 
 
-class _Signals:
-    """The first signal asks to stop, the second one to hurry."""
+class Ending:
+    """What may end a server: the first signal asks to stop, the second one to hurry."""
 
     def __init__(self):
+        self._loop = asyncio.get_running_loop()
         self.stop, self.hurry = asyncio.Event(), asyncio.Event()
+        self._loss: asyncio.Future[str] = self._loop.create_future()
+        self.leader: Leader | None = None
         for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, self._receive)
+            self._loop.add_signal_handler(number, self._receive)
+
+    def lead(self, config: ServerConfig) -> Leader | None:
+        """Forms the group of processes, if there are several; in another thread."""
+        if config.nnodes > 1:
+            self.leader = Leader(
+                config,
+                on_stop=lambda: self._loop.call_soon_threadsafe(self.stop.set),
+                on_loss=lambda reason: self._loop.call_soon_threadsafe(self._lose, reason),
+            )
+        return self.leader
+
+    async def first(self, task: asyncio.Task[Any], event: asyncio.Event) -> bool:
+        """Whether `task` ended before `event` was set; its error is raised.
+
+        Raises:
+          Lost: a process is gone.
+        """
+        waiting = asyncio.create_task(event.wait())
+        await asyncio.wait({task, waiting, self._loss}, return_when=asyncio.FIRST_COMPLETED)
+        waiting.cancel()
+        if self._loss.done():
+            raise Lost(self._loss.result())
+        if task.done():
+            task.result()
+        return task.done()
 
     def _receive(self) -> None:
         (self.hurry if self.stop.is_set() else self.stop).set()
 
+    def _lose(self, reason: str) -> None:
+        if not self._loss.done():
+            self._loss.set_result(reason)
 
-async def run(config: ServerConfig, load: Callable[[ServerConfig, Api], None]) -> None:
+
+Load = Callable[[ServerConfig, Api, Ending], None]
+
+
+async def run(config: ServerConfig, load: Load) -> None:
     """Serves until a signal.
 
     Args:
@@ -58,70 +96,76 @@ async def run(config: ServerConfig, load: Callable[[ServerConfig, Api], None]) -
       Exception: whatever kept the service from starting.
     """
     log.set_up(config.log_format, config.uvicorn_log_level)
-    signals, api = _Signals(), Api(config)
+    ending, api = Ending(), Api(config)
     with _listen(config) as listener:
         http = _Uvicorn(_settings(config, api))
         serving = asyncio.create_task(http.serve(sockets=[listener]))
         log.event("listening", address=_address(config, listener), model=config.model)
         tasks: set[asyncio.Task[Any]] = {serving}
         try:
-            tasks.add(starting := asyncio.create_task(_start(config, api, load)))
-            if await _first(starting, signals.stop):
+            tasks.add(starting := asyncio.create_task(_start(config, api, ending, load)))
+            if await ending.first(starting, ending.stop):
                 tasks.add(asyncio.create_task(_load_lines(api, config.log_stats_interval)))
                 assert api.service is not None
                 failure = asyncio.create_task(api.service.failed.wait())
                 tasks.add(failure)
-                if await _first(failure, signals.stop):
+                if await ending.first(failure, ending.stop):
                     raise RuntimeError("the engine failed; its log line says why")
-                await _drain(api, config.shutdown_timeout, signals.hurry)
+                await _drain(api, config.shutdown_timeout, ending)
             else:  # Nothing is lost, and a thread that compiles cannot be stopped.
+                if ending.leader is not None:
+                    ending.leader.close()
                 log.event("stopped while loading")
-                logging.shutdown()
-                os._exit(0)
+                _leave(0)
+        except Lost as error:
+            log.event(str(error), level=logging.ERROR)
+            if api.service is not None:
+                api.service.fail()
+            http.should_exit = True
+            await asyncio.wait({serving})
+            _leave(1)  # A thread that waits for that process cannot be stopped.
         finally:
             http.should_exit = True
             await asyncio.wait({serving})
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            if ending.leader is not None:
+                ending.leader.close()
     log.event("stopped")
 
 
-async def _start(config: ServerConfig, api: Api, load) -> None:
+def _leave(code: int) -> NoReturn:
+    """Ends the process at once, whatever its threads do."""
+    logging.shutdown()
+    os._exit(code)
+
+
+async def _start(config: ServerConfig, api: Api, ending: Ending, load: Load) -> None:
     begin = time.perf_counter()
-    await asyncio.to_thread(load, config, api)
+    await asyncio.to_thread(load, config, api, ending)
     assert api.service is not None
     await api.service.start()
     log.event("ready", seconds=time.perf_counter() - begin, trees=",".join(api.service.trees))
 
 
-async def _first(task: asyncio.Task[Any], stop: asyncio.Event) -> bool:
-    """Whether `task` ended before `stop` was set; its error is raised."""
-    waiting = asyncio.create_task(stop.wait())
-    await asyncio.wait({task, waiting}, return_when=asyncio.FIRST_COMPLETED)
-    waiting.cancel()
-    if task.done():
-        task.result()
-    return task.done()
-
-
-async def _drain(api: Api, seconds: float, hurry: asyncio.Event) -> None:
+async def _drain(api: Api, seconds: float, ending: Ending) -> None:
     assert api.service is not None
     log.event("draining", seconds=seconds)
     task = asyncio.create_task(api.service.drain(seconds))
-    if not await _first(task, hurry):
+    if not await ending.first(task, ending.hurry):
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
-        await api.service.drain(0)
+        await ending.first(asyncio.create_task(api.service.drain(0)), asyncio.Event())
 
 
 async def _load_lines(api: Api, seconds: float) -> None:
     """The line about load and speed, again and again."""
     assert api.service is not None
-    line = LoadLine(api.service.status())
+    line = LoadLine(together(api.service.statuses()))
     while seconds:
         await asyncio.sleep(seconds)
-        line.write(api.service.status())
+        line.write(together(api.service.statuses()))
 
 
 def _settings(config: ServerConfig, api: Api) -> uvicorn.Config:

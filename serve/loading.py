@@ -1,4 +1,8 @@
-"""From the configuration to a service: models, tokenizer, trees, the size of the KV cache."""
+"""From the configuration to a service: devices, models, tokenizer, trees, the size of the KV cache.
+
+All processes of a server come to the same settings of the engine: from flags that are the same, and
+from the least memory that any of them has.
+"""
 
 import dataclasses
 import tempfile
@@ -6,9 +10,13 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 from jax_eagle import hub, load_draft, load_target
 from jax_eagle.compilation_cache import enable_compilation_cache
+from jax_eagle.config import Quantization
 from jax_eagle.draft import Draft
 from jax_eagle.llama import Target
 from jax_eagle.sharding import make_mesh
@@ -18,14 +26,16 @@ from jax_eagle.tree import AUTO_TREES, parse_tree
 from . import log
 from .api import Api
 from .config import ServerConfig
-from .device import EngineConfig
+from .device import Device, EngineConfig
 from .dispatch import PLAIN, Ladder, Programs
 from .engine import Engine
+from .lifecycle import Ending
 from .service import Service
 from .translation import read_defaults
 
 CPU_CACHE_BYTES = 2 * 2**30
 """Of the KV cache on a machine without a GPU, unless --num-gpu-blocks-override says otherwise."""
+_MIB = 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,24 +61,24 @@ def _capacity() -> Capacity:
     return CAPACITIES.get(jax.default_backend(), CAPACITIES["gpu"])
 
 
-def load(config: ServerConfig, api: Api) -> None:
+def load(config: ServerConfig, api: Api, ending: Ending) -> None:
     """Loads everything and attaches the service to `api`; it still has to be started.
 
     Raises:
       ValueError, OSError: files or settings that cannot be used; the message says which.
     """
     enable_compilation_cache()
-    mesh = make_mesh(config.tensor_parallel_size) if config.tensor_parallel_size > 1 else None
-    dtype = None if config.dtype == "auto" else config.dtype
-    target = load_target(config.model, dtype=dtype, mesh=mesh).pack()
-    tokenizer = target.tokenizer
+    leader = ending.lead(config)
+    models = [_models(config, mesh) for mesh in meshes(config)]
+    tokenizer = models[0][0].tokenizer
     if tokenizer is None:
         raise ValueError(f"{config.model}: has no tokenizer, which a server of text needs")
     if config.chat_template is not None:
         tokenizer = with_template(tokenizer, config.chat_template)
-    draft = _draft(config, target)
+    configs = [engine_config(config, target, draft) for target, draft in models]
+    least = min(configs, key=lambda own: own.num_pages)
     service = Service(
-        Engine(target, draft, engine_config(config, target, draft)),
+        [Engine(target, draft, least, leader) for target, draft in models],
         tokenizer,
         max_queued_requests=config.max_num_queued_reqs,
         max_queued_tokens=config.max_num_queued_tokens,
@@ -78,17 +88,63 @@ def load(config: ServerConfig, api: Api) -> None:
     api.attach(service, {} if neutral else read_defaults(hub.resolve(config.model)))
 
 
-def _draft(config: ServerConfig, target: Target) -> Draft | None:
-    wanted = config.speculative_config
-    if wanted is None:
-        return None
-    name = hub.DRAFTS.get(config.model) if wanted.model == "auto" else wanted.model
-    if name is None:
+def load_device(config: ServerConfig) -> Device:
+    """What a follower needs of it. Errors: those of `load`."""
+    enable_compilation_cache()
+    (mesh,) = meshes(config)
+    target, draft = _models(config, mesh)
+    return Device(target, draft, engine_config(config, target, draft))
+
+
+def meshes(config: ServerConfig) -> list[Mesh | None]:
+    """The devices of each replica; None: the only one has the first device, and no mesh.
+
+    Of several processes each gives its first devices, the same number of them.
+
+    Raises:
+      ValueError: there are too few devices.
+    """
+    size, replicas = config.tensor_parallel_size, config.data_parallel_size
+    needed = size // config.nnodes * replicas
+    by_process = [jax.local_devices(process_index=rank) for rank in range(config.nnodes)]
+    least = min(map(len, by_process))
+    if needed > least:
+        each = f" in each of {config.nnodes} processes" if config.nnodes > 1 else ""
         raise ValueError(
-            f"no draft is known for {config.model}: give --speculative-config "
-            '\'{"model": "DRAFT"}\', or --speculative-config none'
+            f"--tensor-parallel-size {size} times --data-parallel-size {replicas} needs {needed} "
+            f"devices{each}, there {'is' if least == 1 else 'are'} {least}"
         )
-    return load_draft(name, target).pack()
+    if needed * config.nnodes == 1 and not config.enable_expert_parallel:
+        return [None]
+    devices = [device for own in by_process for device in own[:needed]]
+    return [make_mesh(size, devices[i * size : (i + 1) * size]) for i in range(replicas)]
+
+
+def _models(config: ServerConfig, mesh: Mesh | None) -> tuple[Target, Draft | None]:
+    """The target and its draft, on the devices of a mesh; nothing is read before both are found."""
+    wanted, name, quantization = config.speculative_config, None, None
+    hub.resolve(config.model)
+    if wanted is not None:
+        name = hub.DRAFTS.get(config.model) if wanted.model == "auto" else wanted.model
+        quantization = wanted.quantization and Quantization.parse(wanted.quantization)
+        if name is None:
+            raise ValueError(
+                f"no draft is known for {config.model}: give --speculative-config "
+                '\'{"model": "DRAFT"}\', or --speculative-config none'
+            )
+        hub.resolve(name)
+    target = load_target(
+        config.model,
+        dtype=None if config.dtype == "auto" else config.dtype,
+        mesh=mesh,
+        expert_parallel=config.enable_expert_parallel,
+        quantization=config.quantization,
+        kv_dtype=config.kv_cache_dtype,
+    )
+    target = target.pack()
+    if name is None:
+        return target, None
+    return target, load_draft(name, target, quantization=quantization).pack()
 
 
 def engine_config(config: ServerConfig, target: Target, draft: Draft | None) -> EngineConfig:
@@ -158,21 +214,30 @@ def num_pages(
         return config.num_gpu_blocks_override + 1
     layers = [target.config] + ([draft.config.layer] if draft is not None else [])
     page_bytes = config.block_size * sum(
-        2 * c.num_layers * c.num_kv_heads * c.head_dim * jnp.dtype(c.dtype).itemsize for c in layers
+        2 * c.num_layers * c.num_kv_heads * c.head_dim * jnp.dtype(c.kv_dtype or c.dtype).itemsize
+        for c in layers
     )
     needed = slots * -(-length // config.block_size)
-    room = _cache_bytes(config) * config.tensor_parallel_size // page_bytes
+    room = _cache_bytes(config, target) * config.tensor_parallel_size // page_bytes
     if room < 1:
         raise ValueError("no memory is left for the KV cache: raise --gpu-memory-utilization")
     return min(needed, room) + 1
 
 
-def _cache_bytes(config: ServerConfig) -> int:
-    """Memory for the cache, on each device."""
-    memory = jax.devices()[0].memory_stats()
-    if jax.default_backend() == "cpu" or not memory:
+def _cache_bytes(config: ServerConfig, target: Target) -> int:
+    """Memory for the cache on each device of the target, the least that any of them has."""
+    if jax.default_backend() == "cpu":
         return CPU_CACHE_BYTES
-    return int(memory["bytes_limit"] * config.gpu_memory_utilization) - memory["bytes_in_use"]
+    mesh = target.backend.mesh
+    own = jax.local_devices()[:1] if mesh is None else list(mesh.local_devices)
+    free = []
+    for memory in filter(None, (device.memory_stats() for device in own)):
+        limit = int(memory["bytes_limit"] * config.gpu_memory_utilization)
+        free.append(limit - memory["bytes_in_use"])
+    least = min(free, default=CPU_CACHE_BYTES)
+    if config.nnodes > 1:
+        least = multihost_utils.process_allgather(np.array(least / _MIB)).min() * _MIB
+    return int(least)
 
 
 def with_template(tokenizer: Tokenizer, path: str) -> Tokenizer:

@@ -3,11 +3,13 @@
 Gauges and counters are those of the engine's last snapshot, a quarter of a second old at most while
 it runs, and cost nothing between. Histograms are filled as requests go on. What vLLM counts by
 "position" is depth here; a tree drafts several nodes at a depth, so accepted over drafted tokens is
-no measure of quality: the series `..._per_node` are there for those who want that ratio.
+no measure of quality: the series `..._per_node` are there for those who want that ratio. The label
+`engine` numbers the replicas, from 0.
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -39,26 +41,30 @@ HISTOGRAMS = {
 class Metrics:
     """All metrics of one server."""
 
-    def __init__(self, model: str, status: Callable[[], EngineStatus | None]):
-        """`status` is asked at every scrape; None: the engine is not there yet."""
+    def __init__(
+        self, model: str, statuses: Callable[[], Sequence[EngineStatus]], engines: int = 1
+    ):
+        """`statuses` is asked at every scrape; nothing: the engines are not there yet."""
         self.registry = CollectorRegistry()
-        label = {"model_name": model}
-        self._histograms = {
-            name: Histogram(
-                f"vllm:{name}", text, list(label), buckets=buckets, registry=self.registry
-            ).labels(**label)
+        labels = [{"model_name": model, "engine": str(engine)} for engine in range(engines)]
+        names = list(labels[0])
+        histograms = {
+            name: Histogram(f"vllm:{name}", text, names, buckets=buckets, registry=self.registry)
             for name, (text, buckets) in HISTOGRAMS.items()
         }
+        self._histograms = [
+            {name: family.labels(**own) for name, family in histograms.items()} for own in labels
+        ]
         self._finished = Counter(
             "vllm:request_success", "Requests by how they ended.",
-            [*label, "finished_reason"], registry=self.registry,
+            [*names, "finished_reason"], registry=self.registry,
         )  # fmt: skip
-        self._label = label
+        self._labels = labels
         self._http = Counter(
             "http_requests", "Answers by path and status.", ["method", "handler", "status"],
             registry=self.registry,
         )  # fmt: skip
-        self.registry.register(_EngineCollector(label, status))
+        self.registry.register(_EngineCollector(labels, statuses))
 
     def text(self) -> bytes:
         """The page that Prometheus reads."""
@@ -68,22 +74,22 @@ class Metrics:
         """Counts one HTTP answer; `handler` is a route, not what a client made up."""
         self._http.labels(method, handler, str(status)).inc()
 
-    def finished(self, reason: str) -> None:
+    def finished(self, engine: int, reason: str) -> None:
         """Counts one sequence that ended."""
-        self._finished.labels(**self._label, finished_reason=reason).inc()
+        self._finished.labels(**self._labels[engine], finished_reason=reason).inc()
 
-    def observe(self, name: str, value: float, times: int = 1) -> None:
+    def observe(self, engine: int, name: str, value: float, times: int = 1) -> None:
         """Adds `times` equal values to a histogram."""
         for _ in range(times):
-            self._histograms[name].observe(value)
+            self._histograms[engine][name].observe(value)
 
 
 class Watch:
     """Measures one sequence, delta by delta."""
 
-    def __init__(self, metrics: Metrics):
-        """Begins now."""
-        self._metrics, self._begin = metrics, time.perf_counter()
+    def __init__(self, metrics: Metrics, engine: int):
+        """Begins now; `engine` is the replica that the sequence is on."""
+        self._metrics, self._engine, self._begin = metrics, engine, time.perf_counter()
         self._last: float | None = None
         self._over = False
 
@@ -91,10 +97,10 @@ class Watch:
         """Takes in what the sequence gained."""
         now, count = time.perf_counter(), len(delta.token_ids)
         if count and self._last is None:
-            self._metrics.observe("time_to_first_token_seconds", now - self._begin)
+            self._observe("time_to_first_token_seconds", now - self._begin)
         elif count and self._last is not None:
             gap = (now - self._last) / count
-            self._metrics.observe("inter_token_latency_seconds", gap, count)
+            self._observe("inter_token_latency_seconds", gap, count)
         self._last = now if count else self._last
         if delta.finish_reason is not None:
             self._end(delta.finish_reason, delta.stats, now)
@@ -106,10 +112,10 @@ class Watch:
 
     def _end(self, reason: str, stats: RequestStats | None, now: float) -> None:
         self._over = True
-        self._metrics.finished(reason)
+        self._metrics.finished(self._engine, reason)
         if stats is None:
             return
-        observe = self._metrics.observe
+        observe = self._observe
         observe("e2e_request_latency_seconds", now - self._begin)
         observe("request_queue_time_seconds", stats.queue_seconds)
         observe("request_prefill_time_seconds", stats.prefill_seconds)
@@ -121,39 +127,46 @@ class Watch:
             per_token = stats.decode_seconds / (stats.new_tokens - 1)
             observe("request_time_per_output_token_seconds", per_token)
 
+    def _observe(self, name: str, value: float, times: int = 1) -> None:
+        self._metrics.observe(self._engine, name, value, times)
+
 
 class _EngineCollector:
-    """Turns the engine's status into metrics when Prometheus asks."""
+    """Turns the engines' statuses into metrics when Prometheus asks."""
 
-    def __init__(self, label: dict[str, str], status: Callable[[], EngineStatus | None]):
-        self._label, self._status = label, status
+    def __init__(
+        self, labels: list[dict[str, str]], statuses: Callable[[], Sequence[EngineStatus]]
+    ):
+        self._labels, self._statuses = labels, statuses
 
     def collect(self) -> Iterator[Metric]:
-        """One family a metric; none while the engine is loading."""
-        status = self._status()
-        if status is None:
-            return
-        for name, text, value in _gauges(status):
-            yield self._family(GaugeMetricFamily, name, text, (), {(): value})
-        for name, text, value in _counters(status):
-            yield self._family(CounterMetricFamily, name, text, (), {(): value})
-        for name, text, key, values in _tables(status):
-            by_key = {(str(k),): value for k, value in values}
-            yield self._family(CounterMetricFamily, name, text, (key,), by_key)
-        per_node = {
-            (tree,): status.accepted_by_tree.get(tree, 0) / nodes
-            for tree, nodes in status.draft_tokens_by_tree.items()
-            if nodes
-        }
-        text = "Accepted tokens over drafted nodes since the start: falls with the tree's width."
-        name = "jax_eagle:spec_decode_accepted_tokens_per_node"
-        yield self._family(GaugeMetricFamily, name, text, ("tree",), per_node)
+        """One family a metric; none while the engines are loading."""
+        families: dict[str, Any] = {}
+        for label, status in zip(self._labels, self._statuses(), strict=False):
+            for kind, name, text, keys, values in _series(status):
+                if name not in families:
+                    families[name] = kind(name, text, labels=[*label, *keys])
+                for key, value in values.items():
+                    families[name].add_metric([*label.values(), *key], value)
+        yield from families.values()
 
-    def _family(self, kind, name: str, text: str, keys: tuple[str, ...], values: Mapping) -> Metric:
-        family = kind(name, text, labels=[*self._label, *keys])
-        for key, value in values.items():
-            family.add_metric([*self._label.values(), *key], value)
-        return family
+
+def _series(status: EngineStatus) -> Iterator[tuple[Any, str, str, tuple[str, ...], Mapping]]:
+    """(kind, name, text, labels, values by labels) of all metrics of one engine."""
+    for name, text, value in _gauges(status):
+        yield GaugeMetricFamily, name, text, (), {(): value}
+    for name, text, value in _counters(status):
+        yield CounterMetricFamily, name, text, (), {(): value}
+    for name, text, key, values in _tables(status):
+        yield CounterMetricFamily, name, text, (key,), {(str(k),): value for k, value in values}
+    per_node = {
+        (tree,): status.accepted_by_tree.get(tree, 0) / nodes
+        for tree, nodes in status.draft_tokens_by_tree.items()
+        if nodes
+    }
+    text = "Accepted tokens over drafted nodes since the start: falls with the tree's width."
+    name = "jax_eagle:spec_decode_accepted_tokens_per_node"
+    yield GaugeMetricFamily, name, text, ("tree",), per_node
 
 
 def _gauges(status: EngineStatus) -> Iterable[tuple[str, str, float]]:

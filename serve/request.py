@@ -5,6 +5,10 @@ own. Prompts are token ids; everything about text but stop strings and pieces ha
 """
 
 import dataclasses
+from collections import Counter
+from collections.abc import Sequence
+from itertools import zip_longest
+from typing import Any
 
 from jax_eagle.sampling import SamplingParams
 
@@ -142,3 +146,20 @@ class EngineStatus:
     """Their time ..."""
     wait_seconds: float = 0.0
     """... and how much of it the host only waited for the device."""
+
+
+def together(statuses: Sequence[EngineStatus]) -> EngineStatus:
+    """Several engines as one: sums, and the mean use of their pages."""
+
+    def add(name: str) -> Any:
+        values = [getattr(status, name) for status in statuses]
+        if isinstance(values[0], dict):
+            return dict(sum(map(Counter, values), Counter()))
+        if isinstance(values[0], tuple):
+            return tuple(map(sum, zip_longest(*values, fillvalue=0)))
+        return sum(values)
+
+    total = EngineStatus(
+        **{field.name: add(field.name) for field in dataclasses.fields(EngineStatus)}
+    )
+    return dataclasses.replace(total, kv_usage=total.kv_usage / len(statuses))

@@ -5,6 +5,7 @@ Nothing heavy is imported for `--help`, `--explain`, `--version` and bad flags.
 
 import asyncio
 import importlib.metadata
+import os
 import sys
 from collections.abc import Sequence
 
@@ -28,13 +29,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     else:
         from jax_eagle.program import run_program
 
-        from . import lifecycle
+        from . import follower, lifecycle
         from .loading import load
 
         def serve() -> None:
-            asyncio.run(lifecycle.run(command.config, load))
+            if command.config.node_rank:
+                follower.run(command.config)
+            else:
+                asyncio.run(lifecycle.run(command.config, load))
 
-        run_program(serve, PROGRAM, [])
+        try:
+            run_program(serve, PROGRAM, [])
+        except SystemExit as end:
+            if command.config.nnodes > 1:  # What JAX does at exit waits for processes that are gone
+                os._exit(end.code if isinstance(end.code, int) else 1)
+            raise
 
 
 if __name__ == "__main__":

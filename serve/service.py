@@ -1,35 +1,29 @@
-"""The engine as the event loop sees it: requests in, streams of deltas out.
+"""The engines as the event loop sees them: requests in, streams of deltas out.
 
-The engine runs in a thread of its own. Commands (new requests, aborts) go to it through one inbox;
-deltas come back in one batch a step, so the loop wakes once for all sequences. Detokenisation and
-bookkeeping thus happen in the engine's thread while the device works, HTTP in the loop's.
+There may be several replicas of one engine (data parallelism), each with devices, slots and pages
+of its own. A request goes to the replica with the fewest sequences, and stays there with all its
+choices, which share the pages of their prompt. Seeds make its text the same on each.
 
 A stream holds at most the deltas of its request, which `max_tokens` bounds.
 """
 
 import asyncio
-import logging
-import threading
-import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any
 
 from jax_eagle.tokenizer import Tokenizer
 
 from .engine import Engine
+from .replica import Batch, Replica
 from .request import Delta, Draining, EngineStatus, QueueFull, Request
-
-_log = logging.getLogger(__name__)
-_STATUS_SECONDS = 0.25
-"""Between two snapshots of the engine's status while it runs."""
 
 
 class Stream(AsyncIterator[Delta]):
     """The deltas of one request; `aclose` ends the request if it still runs."""
 
-    def __init__(self, service: "Service", request: Request):
-        """Made by `Service.submit`."""
-        self._service, self.request = service, request
+    def __init__(self, service: "Service", request: Request, engine: int):
+        """Made by `Service.submit`; `engine` is the number of the replica that runs it."""
+        self._service, self.request, self.engine = service, request, engine
         self._deltas: asyncio.Queue[Delta] = asyncio.Queue()
         self._over = False
 
@@ -51,11 +45,11 @@ class Stream(AsyncIterator[Delta]):
 
 
 class Service:
-    """Runs an engine for an asyncio application. All methods are the loop's."""
+    """Runs engines for an asyncio application. All methods are the loop's."""
 
     def __init__(
         self,
-        engine: Engine,
+        engines: Sequence[Engine],
         tokenizer: Tokenizer,
         *,
         max_queued_requests: int | None = None,
@@ -64,48 +58,46 @@ class Service:
     ):
         """
         Args:
+          engines: one or several, of one model and one configuration.
           max_queued_requests: sequences that wait or run at most.
           max_queued_tokens: prompt tokens of sequences without their first token, at most.
-          on_program: hears of each compiled program and its seconds, in the engine's thread.
+          on_program: hears of each compiled program and its seconds, in an engine's thread.
         """
+        first = engines[0]
         self.tokenizer = tokenizer
-        self.max_model_len = engine.config.max_model_len
-        self.vocab_size = engine.vocab_size
-        self.stop_token_ids = engine.stop_token_ids
-        self.trees = engine.config.programs.trees
-        self._engine, self._on_program = engine, on_program
+        self.max_model_len = first.config.max_model_len
+        self.vocab_size = first.vocab_size
+        self.stop_token_ids = first.stop_token_ids
+        self.trees = first.config.programs.trees
+        self._replicas = [
+            Replica(
+                engine,
+                on_program=on_program,
+                on_deltas=self._distribute,
+                on_failure=self.fail,
+            )
+            for engine in engines
+        ]
+        self._check = first.check
         self._max_requests, self._max_tokens = max_queued_requests, max_queued_tokens
         self._streams: dict[str, Stream] = {}
         self._waiting_tokens: dict[str, int] = {}
         self._seconds = 1.0
         """Of a request on average, lately."""
-        self._inbox: list[Callable[[], Any]] = []
-        self._wake = threading.Condition()
-        self._outbox: list[tuple[str, Delta]] = []
-        self._status, self._published = EngineStatus(), 0.0
-        self._warm = self._draining = self._stopped = False
+        self._warm = self._draining = False
         self._idle = asyncio.Event()
         self._idle.set()
         self.failed = asyncio.Event()
-        """Set when the engine's thread has died: nothing will be answered any more."""
-        self._thread: threading.Thread | None = None
-
-    # ---- the loop's side -----------------------------------------------------------------------
+        """Set when an engine's thread has died: nothing will be answered any more."""
 
     @property
     def ready(self) -> bool:
         """Whether requests are taken: warm, not draining, not failed."""
-        return self._warm and not self._draining and not self._stopped
+        return self._warm and not self._draining and not self.failed.is_set()
 
     async def start(self) -> None:
-        """Compiles everything; returns when the engine is warm, raises what kept it from that."""
-        loop = asyncio.get_running_loop()
-        warm: asyncio.Future[None] = loop.create_future()
-        self._thread = threading.Thread(
-            target=self._run, args=(loop, warm), name="engine", daemon=True
-        )
-        self._thread.start()
-        await warm
+        """Compiles everything; returns when all are warm, raises what kept one from that."""
+        await asyncio.gather(*(replica.start() for replica in self._replicas))
         self._warm = True
 
     def submit(self, requests: Sequence[Request]) -> list[Stream]:
@@ -119,7 +111,7 @@ class Service:
         if not self.ready:
             raise Draining
         for request in requests:
-            self._engine.check(request)
+            self._check(request)
         tokens = sum(len(request.prompt) for request in requests)
         limits = (
             (self._max_requests, len(self._streams), len(requests)),
@@ -131,27 +123,34 @@ class Service:
         for limit, queued, more in limits:
             if limit is not None and queued + more > limit:
                 raise QueueFull(retry_after=max(1.0, self._seconds))
-        streams = [Stream(self, request) for request in requests]
+        engine = self._least_busy()
+        streams = [Stream(self, request, engine) for request in requests]
         for stream in streams:
             request = stream.request
             self._streams[request.id] = stream
             self._waiting_tokens[request.id] = len(request.prompt)
         self._idle.clear()
-        self._send(lambda: [self._add(request) for request in requests])
+        self._replicas[engine].add(list(requests))
         return streams
+
+    def _least_busy(self) -> int:
+        """The replica with the fewest sequences that wait or run, the first of them."""
+        busy = Counter(stream.engine for stream in self._streams.values())
+        return min(range(len(self._replicas)), key=lambda engine: busy[engine])
 
     def abort(self, request_id: str) -> None:
         """Ends a request, if it runs; its stream gets the last delta unless it was closed."""
-        if request_id in self._streams:
-            self._send(lambda: self._engine.abort(request_id))
+        if stream := self._streams.get(request_id):
+            self._replicas[stream.engine].abort(request_id)
 
-    def status(self) -> EngineStatus:
-        """A recent snapshot."""
-        return self._status
+    def statuses(self) -> list[EngineStatus]:
+        """A recent snapshot of each replica."""
+        return [replica.status for replica in self._replicas]
 
     def forget_prefixes(self) -> None:
-        """Empties the prefix cache."""
-        self._send(self._engine.pool.forget)
+        """Empties the prefix caches."""
+        for replica in self._replicas:
+            replica.forget_prefixes()
 
     async def drain(self, timeout: float) -> None:
         """Takes no more requests, waits for the running ones, ends what is left at the time-out."""
@@ -162,20 +161,21 @@ class Service:
         except TimeoutError:
             for request_id in list(self._streams):
                 self.abort(request_id)
-            if not self._stopped:
+            if not self.failed.is_set():
                 await self._idle.wait()
-        self._send(self._stop)
-        if self._thread is not None:
-            await asyncio.to_thread(self._thread.join)
+        await asyncio.gather(*(replica.stop() for replica in self._replicas))
 
-    def _send(self, command: Callable[[], Any]) -> None:
-        with self._wake:
-            self._inbox.append(command)
-            self._wake.notify()
+    def fail(self) -> None:
+        """Ends all streams: nothing will be answered any more."""
+        self.failed.set()
+        last = Delta("", (), finish_reason="error")
+        self._distribute([(request_id, last) for request_id in list(self._streams)])
 
-    def _distribute(self, batch: list[tuple[str, Delta]]) -> None:
+    def _distribute(self, batch: Batch) -> None:
         for request_id, delta in batch:
-            stream = self._streams[request_id]
+            stream = self._streams.get(request_id)
+            if stream is None:  # it has been told that all is over
+                continue
             self._waiting_tokens.pop(request_id, None)
             if delta.finish_reason is not None:
                 del self._streams[request_id]
@@ -186,50 +186,3 @@ class Service:
             stream.put(delta)
         if not self._streams:
             self._idle.set()
-
-    # ---- the engine's side ---------------------------------------------------------------------
-
-    def _run(self, loop: asyncio.AbstractEventLoop, warm: asyncio.Future) -> None:
-        try:
-            for name, seconds in self._engine.warm_up():
-                self._on_program(name, seconds)
-        except BaseException as error:
-            loop.call_soon_threadsafe(warm.set_exception, error)
-            return
-        self._status = self._engine.status
-        loop.call_soon_threadsafe(warm.set_result, None)
-        try:
-            while not self._stopped:
-                self._iterate(loop)
-        except Exception:
-            _log.exception("the engine failed")
-            self._stopped = True
-            loop.call_soon_threadsafe(self._fail)
-
-    def _iterate(self, loop: asyncio.AbstractEventLoop) -> None:
-        with self._wake:
-            while not self._inbox and not self._engine.busy:
-                self._wake.wait()
-            commands, self._inbox = self._inbox, []
-        for command in commands:
-            command()
-        if self._engine.busy:
-            self._engine.step()
-        now = time.monotonic()
-        if not self._engine.busy or now - self._published > _STATUS_SECONDS:
-            self._status, self._published = self._engine.status, now
-        if self._outbox:
-            batch, self._outbox = self._outbox, []
-            loop.call_soon_threadsafe(self._distribute, batch)
-
-    def _add(self, request: Request) -> None:
-        self._engine.add(request, lambda delta: self._outbox.append((request.id, delta)))
-
-    def _stop(self) -> None:
-        self._stopped = True
-
-    def _fail(self) -> None:
-        """Ends all streams after the engine's thread has died."""
-        self.failed.set()
-        last = Delta("", (), finish_reason="error")
-        self._distribute([(request_id, last) for request_id in list(self._streams)])

@@ -3,19 +3,24 @@
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import json
 import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx2
 import numpy as np
+from prometheus_client.parser import text_string_to_metric_families
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
+from benchmarks.equal_text import compare
 from benchmarks.server_process import ServerProcess
-from jax_eagle import Draft, Target
+from jax_eagle import Draft, SamplingParams, Target, generate, load_target
 from jax_eagle.checkpoint import eagle, hf
 from jax_eagle.checkpoint.mapping import draft_entries, nested, target_entries
 from jax_eagle.config import DraftConfig, LlamaConfig
@@ -58,18 +63,29 @@ def byte_tokenizer(
     return Tokenizer(_fast_tokenizer()(tokenizer_object=backend, chat_template=template))
 
 
-def save_tiny_model(folder: Path, max_position: int = 256) -> None:
-    """A random model of byte tokens, `target`, and a random draft for it, `draft`."""
-    config = LlamaConfig(
-        vocab_size=258, hidden_size=32, intermediate_size=64, num_layers=2, num_heads=4,
-        num_kv_heads=2, head_dim=8, max_position=max_position, stop_token_ids=(257,),
-    )  # fmt: skip
+QUICK_COMPILER = "--xla_backend_optimization_level=0"
+"""A flag of XLA: programs compile in half the time; what they compute is as good."""
+TINY = LlamaConfig(
+    vocab_size=258, hidden_size=32, intermediate_size=64, num_layers=2, num_heads=4,
+    num_kv_heads=2, head_dim=8, max_position=256, stop_token_ids=(257,),
+)  # fmt: skip
+
+
+def save_tiny_model(
+    folder: Path, max_position: int = 256, config: LlamaConfig = TINY, favourites: int = 0
+) -> None:
+    """A random model of byte tokens, `target`, and a random draft for it, `draft`.
+
+    Tokens below `favourites` are likely everywhere, so that the draft is right now and then.
+    """
+    config = dataclasses.replace(config, max_position=max_position)
     rng = np.random.default_rng(0)
 
     def random(entries):
         return nested({e.path: rng.normal(0, 0.3, e.shape).astype("f") for e in entries})
 
     target = Target(random(target_entries(config)), config, byte_tokenizer())
+    target.params["lm_head"]["kernel"][:, :favourites] *= 10
     hf.save(target, folder / "target")
     of_draft = DraftConfig.for_target(config)
     params = random(draft_entries(of_draft))
@@ -108,6 +124,9 @@ class ScriptedService:
         self.open |= {request.id for request in requests}
         return [ScriptedDeltas(self, request) for request in requests]
 
+    def statuses(self) -> list[EngineStatus]:
+        return [self.status()]
+
     def status(self) -> EngineStatus:
         return EngineStatus(
             running=len(self.open), waiting=2, kv_usage=0.25, prompt_tokens=10,
@@ -129,6 +148,8 @@ class ScriptedService:
 
 class ScriptedDeltas:
     """The deltas of one request."""
+
+    engine = 0
 
     def __init__(self, service: ScriptedService, request: Request):
         self._service, self._request, self._next = service, request, 0
@@ -214,13 +235,69 @@ def hosted(service: ScriptedService, config: ServerConfig | None = None) -> Iter
         assert not thread.is_alive()
 
 
+def tiny_flags(folder: Path, *, tree: str = "static:3") -> list[str]:
+    """Flags of a server of the tiny model in `folder`: few programs, which are compiled once."""
+    speculation = json.dumps({"model": str(folder / "draft"), "tree": tree})
+    return [
+        str(folder / "target"), "--served-model-name", "tiny", "--speculative-config", speculation,
+        "--max-num-seqs", "4", "--batch-buckets", "4",
+    ]  # fmt: skip
+
+
 def tiny_server(folder: Path, *flags: str) -> ServerProcess:
-    """A process that serves the tiny model, warm; the few programs it needs are compiled once."""
+    """A process that serves the tiny model, warm."""
     save_tiny_model(folder)
-    speculation = json.dumps({"model": str(folder / "draft"), "tree": "static:3"})
-    server = ServerProcess(
-        folder / "target", "--served-model-name", "tiny", "--speculative-config", speculation,
-        "--max-num-seqs", "4", "--batch-buckets", "4", *flags,
-    )  # fmt: skip
+    server = ServerProcess(*tiny_flags(folder), *flags)
     server.wait_until_ready()
     return server
+
+
+PROMPTS = [[72, 105], [1] * 30, [200, 7, 7, 90], [65, 66, 67] * 6, [250], [30, 20, 10, 5, 2, 1]]
+SAMPLING = [
+    SamplingParams(),
+    SamplingParams(temperature=0.8, top_p=0.9, seed=7),
+    SamplingParams(temperature=1.0, top_k=20, presence_penalty=1.0, seed=3),
+]
+NEW_TOKENS = 14
+
+
+def assert_serves_text_of_one_device(url: str, folder: Path, **options) -> None:
+    """Requests all at once, greedy and sampled: *equal text* with `generate` on one device.
+
+    A draft does not matter to the text, so there is none here. `options` are those of loading.
+    """
+    asked = [(prompt, sampling) for prompt in PROMPTS for sampling in SAMPLING]
+    prompts, sampling = map(list, zip(*asked, strict=True))
+    target = load_target(folder / "target", **options)
+    expected = generate(target, None, prompts, max_new_tokens=NEW_TOKENS, sampling=sampling).tokens
+
+    def ask(client: httpx2.Client, prompt: list[int], own: SamplingParams) -> list[int]:
+        body = {
+            "prompt": prompt, "max_tokens": NEW_TOKENS, "return_token_ids": True,
+            "temperature": own.temperature, "top_p": own.top_p, "top_k": own.top_k,
+            "presence_penalty": own.presence_penalty, "seed": own.seed,
+        }  # fmt: skip
+        answer = client.post("/v1/completions", json=body)
+        assert answer.status_code == 200, answer.text
+        return answer.json()["choices"][0]["token_ids"]
+
+    with httpx2.Client(base_url=url, timeout=120) as client, ThreadPoolExecutor(12) as pool:
+        given = list(pool.map(functools.partial(ask, client), prompts, sampling))
+        values = metrics(client)
+    comparison = compare(target, prompts, expected, given, sampling=sampling)
+    print(comparison)
+    assert comparison.equal, comparison
+    assert not any(v for k, v in values.items() if k[0] == "jax_eagle:leaked_pages")
+    assert not any(v for k, v in values.items() if k[0].startswith("jax_eagle:compilations"))
+    assert any(v for k, v in values.items() if k[0].endswith("num_accepted_tokens_total"))
+
+
+def metrics(client: httpx2.Client) -> dict[tuple[str, str], float]:
+    """The samples of /metrics that say which engine they are of, by name and engine."""
+    families = text_string_to_metric_families(client.get("/metrics").text)
+    return {
+        (s.name, s.labels["engine"]): s.value
+        for family in families
+        for s in family.samples
+        if "engine" in s.labels
+    }

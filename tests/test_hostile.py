@@ -33,8 +33,10 @@ def process(tmp_path_factory):
         yield server
         page = httpx2.get(server.url + "/metrics").text
         values = dict(line.rsplit(" ", 1) for line in page.splitlines() if line[0] != "#")
-        assert values['jax_eagle:leaked_pages{model_name="tiny"}'] == "0.0"
-        assert values['jax_eagle:compilations_since_warm_total{model_name="tiny"}'] == "0.0"
+        assert values['jax_eagle:leaked_pages{engine="0",model_name="tiny"}'] == "0.0"
+        assert (
+            values['jax_eagle:compilations_since_warm_total{engine="0",model_name="tiny"}'] == "0.0"
+        )
         assert server.stop() == 0
         assert server.text().partition("Traceback")[2] == ""
 

@@ -14,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from serve.config import ServerConfig, SpeculativeConfig, parse
 from serve.request import Draining, EngineStatus
-from tests.serving import ROOT, ScriptedService, byte_tokenizer, hosted
+from tests.serving import ROOT, ScriptedDeltas, ScriptedService, byte_tokenizer, hosted
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 HELLO = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}
@@ -212,7 +212,10 @@ def test_metrics_have_vllms_names(client):
     page = client.get("/metrics")
     families = {f.name: f for f in text_string_to_metric_families(page.text)}
     samples = {
-        (s.name, *(v for k, v in sorted(s.labels.items()) if k != "model_name")): s.value
+        (
+            s.name,
+            *(v for k, v in sorted(s.labels.items()) if k not in ("model_name", "engine")),
+        ): s.value
         for family in families.values()
         for s in family.samples
     }
@@ -373,13 +376,16 @@ def test_a_bug_gives_a_500_without_its_trace():
 
 
 def test_a_bug_in_the_middle_of_a_stream_is_its_last_event():
+    class BrokenDeltas(ScriptedDeltas):
+        async def __anext__(self):
+            if self._next:
+                raise KeyError("secret")
+            return await super().__anext__()
+
     class Broken(ScriptedService):
         def submit(self, requests):
-            async def deltas(inner):
-                yield await inner.__anext__()
-                raise KeyError("secret")
-
-            return [deltas(inner) for inner in super().submit(requests)]
+            super().submit(requests)
+            return [BrokenDeltas(self, request) for request in requests]
 
     with hosted(Broken()) as server:
         *chunks, last = events(httpx2.post(server.url + CHAT, json=HELLO | {"stream": True}))
@@ -401,7 +407,7 @@ def test_a_client_that_leaves_ends_its_requests(stream):
             time.sleep(0.01)
         assert len(server.service.aborted) == 2 and not server.service.open
         page = httpx2.get(server.url + "/metrics").text
-        assert 'vllm:request_success_total{finished_reason="abort"' in page
+        assert 'vllm:request_success_total{engine="0",finished_reason="abort"' in page
         assert httpx2.get(server.url + "/load").json() == {"server_load": 0}
 
 

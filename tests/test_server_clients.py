@@ -39,9 +39,11 @@ def server(folder):
         yield server
         page = httpx2.get(server.url + "/metrics").text
         values = dict(line.rsplit(" ", 1) for line in page.splitlines() if line[0] != "#")
-        assert values['jax_eagle:leaked_pages{model_name="tiny"}'] == "0.0"
-        assert values['jax_eagle:compilations_since_warm_total{model_name="tiny"}'] == "0.0"
-        assert values['vllm:num_requests_running{model_name="tiny"}'] == "0.0"
+        assert values['jax_eagle:leaked_pages{engine="0",model_name="tiny"}'] == "0.0"
+        assert (
+            values['jax_eagle:compilations_since_warm_total{engine="0",model_name="tiny"}'] == "0.0"
+        )
+        assert values['vllm:num_requests_running{engine="0",model_name="tiny"}'] == "0.0"
         assert server.stop() == 0
         assert "Traceback" not in server.text() and "stopped" in server.lines[-1]
 

@@ -49,6 +49,14 @@ def engine(warm_engine, monkeypatch):
     assert warm_engine.pool.num_held == 0 and warm_engine.status.leaked_pages == 0
 
 
+@pytest.fixture
+def two(engine, target, make_draft, monkeypatch):
+    """Two replicas."""
+    other = make_engine(target, make_draft(max_position=CONTEXT))
+    monkeypatch.setattr(other, "warm_up", lambda: iter([]))
+    return [engine, other]
+
+
 class Gate:
     """Lets the engine take its steps one by one, so that what happens between them is known."""
 
@@ -92,8 +100,8 @@ def gate(engine, monkeypatch):
 
 
 @contextlib.asynccontextmanager
-async def serving(engine: Engine, **limits) -> AsyncIterator[Service]:
-    service = Service(engine, six_letters(), **limits)
+async def serving(*engines: Engine, **limits) -> AsyncIterator[Service]:
+    service = Service(engines, six_letters(), **limits)
     await service.start()
     try:
         yield service
@@ -138,7 +146,7 @@ def long_request(length: int = 10) -> Request:
 async def test_requests_are_taken_when_it_is_warm(engine):
     heard = []
     service = Service(
-        engine, six_letters(), on_program=lambda name, seconds: heard.append((name, seconds))
+        [engine], six_letters(), on_program=lambda name, seconds: heard.append((name, seconds))
     )
     assert not service.ready
     with pytest.raises(Draining):
@@ -158,7 +166,7 @@ async def test_what_keeps_it_from_starting_is_raised(engine, monkeypatch):
         raise MemoryError("no room for the program")
 
     monkeypatch.setattr(engine, "warm_up", warm_up)
-    service = Service(engine, six_letters())
+    service = Service([engine], six_letters())
     with pytest.raises(MemoryError, match="no room for the program"):
         await service.start()
     assert not service.ready
@@ -427,6 +435,46 @@ async def test_drain_of_an_idle_service_ends_at_once(engine):
         await service.drain(50)
         await service.drain(50)  # a second time is nothing
         assert engine_threads() == 0
+
+
+# ---- replicas ----------------------------------------------------------------------------------
+
+
+@in_loop
+async def test_requests_go_to_the_replica_with_the_fewest_sequences(two):
+    before = [engine.status.generation_tokens for engine in two]
+    async with serving(*two) as service:
+        same = [request([3, 1], 9, sampling=SamplingParams(0.9, seed=5)) for _ in range(3)]
+        jobs = [[same[0], request([1], 9)], [same[1]], [same[2]], [request([2], 9)]]
+        streams = [service.submit(job) for job in jobs]
+        assert [[s.engine for s in job] for job in streams] == [[0, 0], [1], [1], [0]]
+        given = [await read_all(job) for job in streams]
+        texts = [tokens_of(job[0]) for job in given]
+        assert texts[0] == texts[1] == texts[2]
+        ended = service.submit([long_request()])
+        assert ended[0].engine == 0  # all is quiet again
+        service.abort(ended[0].request.id)
+        assert (await read(*ended))[-1].finish_reason == "abort"
+    gained = [e.status.generation_tokens - n for e, n in zip(two, before, strict=True)]
+    assert gained[1] == 18 and 27 <= gained[0] <= 27 + len(ended[0].request.prompt) + CONTEXT
+    assert [status.running for status in service.statuses()] == [0, 0]
+
+
+@in_loop
+async def test_one_replica_that_fails_fails_all(two, monkeypatch, caplog):
+    def step():
+        raise RuntimeError("the device is lost")
+
+    monkeypatch.setattr(two[1], "step", step)
+    async with serving(*two) as service:
+        streams = [*service.submit([long_request()]), *service.submit([long_request()])]
+        for deltas in await read_all(streams):
+            assert deltas[-1].finish_reason == "error"
+        assert service.failed.is_set() and not service.ready
+    assert "the device is lost" in caplog.text
+    two[0].abort(streams[0].request.id)
+    while two[0].busy:
+        two[0].step()
 
 
 # ---- an engine that dies -----------------------------------------------------------------------
