@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import jax.numpy as jnp
@@ -40,14 +40,18 @@ def collectives(text: str) -> list[Collective]:
     return found
 
 
-def remade(text: str, arrays: Iterable[Any], *, least: int = 2**20) -> list[str]:
+def remade(
+    text: str, arrays: Iterable[Any], *, rows: Collection[int] = (), least: int = 2**20
+) -> list[str]:
     """Instructions that write as many whole weights as one of `arrays` has on a device.
 
     Or as two or three of them have together: XLA joins weights that multiply the same rows. That is
     a copy of weights or of a cache, or weights that were widened. Scatters in place are left out.
 
     Args:
-      least: arrays of fewer weights are not looked for: activations may be as large.
+      rows: numbers of rows that the program multiplies; what has an axis of that length is taken
+        for activations, which may be as large.
+      least: arrays of fewer weights are not looked for.
     """
     single = {size for x in arrays if (size := _num_weights(x)) >= least}
     together = itertools.chain(
@@ -59,7 +63,8 @@ def remade(text: str, arrays: Iterable[Any], *, least: int = 2**20) -> list[str]
         if opcode in _PASSED_ON or (opcode == "fusion" and "scatter" in name):
             continue
         for dtype, shape in _arrays(types):
-            if dtype in ("bf16", "f32") and math.prod(shape) in sizes:
+            whole = dtype in ("bf16", "f32") and math.prod(shape) in sizes
+            if whole and not set(shape) & set(rows):
                 found.append(f"{name}: {types}")
     return found
 

@@ -44,8 +44,10 @@ def compile_round(name: str, batch: int, *, devices: int = 8, tree: str = TREE) 
     config, draft_config = read_configs(deployment)
     backend = Backend(attention="triton", matmul="triton", mesh=h100_mesh(devices))
     target, draft = abstract_models(config, draft_config, backend)
-    arguments = abstract_round(target, draft, make_plan(tree, batch), batch=batch, context=CONTEXT)
+    plan = make_plan(tree, batch)
+    arguments = abstract_round(target, draft, plan, batch=batch, context=CONTEXT)
     program = compile_for_h100(decode.lower(*arguments))
+    rows = {batch, batch * plan.shape.num_nodes} - {1}
     memory, text = program.compiled.memory_analysis(), program.compiled.as_text()
     found = collectives(text)
     assert draft_config is not None
@@ -59,12 +61,12 @@ def compile_round(name: str, batch: int, *, devices: int = 8, tree: str = TREE) 
         "gigabytes": (taken - memory.alias_size_in_bytes + memory.temp_size_in_bytes) / 1e9,
         "temporary_gigabytes": memory.temp_size_in_bytes / 1e9,
         "collectives": Counter(one.kind for one in found),
-        "all_reduces_expected": num_all_reduces(config, draft_config, make_plan(tree, batch)),
+        "all_reduces_expected": num_all_reduces(config, draft_config, plan),
         "largest_gather_bytes": max((one.size for one in gathered), default=0),
         "vocabulary_gathers": sum(
             bool(vocabularies & {*s}) for one in gathered for s in one.shapes
         ),
-        "widened_weights": remade(text, weights),
+        "widened_weights": remade(text, weights, rows=rows),
         "seconds_to_compile": program.seconds,
     }
 

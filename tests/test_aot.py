@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks.compiled import collectives, on_device, remade
+from benchmarks.deployments import CONFIGS, MEMORY
+from benchmarks.deployments import compile_round as compile_deployment
 from benchmarks.synthetic import DRAFT_8B, LLAMA_8B, abstract_models, abstract_round, make_plan
 from jax_eagle.generate import decode
 from jax_eagle.sharding import Backend
@@ -163,6 +165,14 @@ def test_the_round_of_an_8b_target(devices, tree, batch, temp_mib, capsys):
     assert sizes["all-gather"] == devices * nodes * 4
     vocabularies = {LLAMA_8B.vocab_size, DRAFT_8B.draft_vocab_size}
     assert not [one for one in found for shape in one.shapes if vocabularies & {*shape}]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_rounds_of_large_targets(name):
+    row = compile_deployment(name, batch=8)
+    assert row["gigabytes"] < MEMORY / 1e9
+    assert row["collectives"]["all-reduce"] == row["all_reduces_expected"]
+    assert row["vocabulary_gathers"] == 0 and row["widened_weights"] == []
 
 
 def test_the_search_finds_copies_of_weights():
