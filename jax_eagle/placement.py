@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from .config import LlamaConfig
+from .memory import check_room
 from .sharding import Backend, fit, named_sharding
 
 
@@ -37,11 +38,14 @@ class Placement:
           abstract: gives shapes and logical axes of the parameters, as `init` returns them.
 
         Raises:
-          ConfigError: heads, FFN, vocabulary or experts do not divide over the mesh.
+          ConfigError: heads, FFN, vocabulary or experts do not divide over the mesh, or the
+            parameters do not fit into what is free on its devices.
         """
         if backend.mesh is None:
+            check_room(abstract, None)
             return cls(backend)
         fitted = fit(config, backend.mesh, expert_parallel=backend.expert_parallel)
+        check_room(abstract, backend.mesh, expert_parallel=backend.expert_parallel)
         axes = nn.get_partition_spec(abstract())
         return cls(backend, axes, fitted.num_kv_heads // config.num_kv_heads)
 
