@@ -10,6 +10,7 @@ import jax
 import pytest
 
 from jax_eagle.config import LlamaConfig
+from jax_eagle.planning import read_target
 from train import init
 from train.config import DraftSettings, LossConfig, MeshConfig, TrainConfig, load_config
 from train.plan import (
@@ -17,7 +18,6 @@ from train.plan import (
     abstract_teacher,
     find_place,
     step_memory,
-    target_config,
 )
 from train.start import empty_state
 from train.step import make_optimizer
@@ -29,7 +29,7 @@ GB = 1e9
 
 
 def shape_of_8b() -> LlamaConfig:
-    return target_config(str(CONFIG.parent / "targets" / "llama-3.1-8b"), "bfloat16")
+    return read_target(str(CONFIG.parent / "targets" / "llama-3.1-8b"), "bfloat16")
 
 
 def compile_step(config: TrainConfig) -> tuple[StepMemory, int]:

@@ -19,11 +19,11 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jax_eagle import Target, hub
-from jax_eagle.checkpoint import gguf, hf
+from jax_eagle import Target
 from jax_eagle.config import ConfigError, DraftConfig, LlamaConfig
 from jax_eagle.llama import abstract_params
 from jax_eagle.load import dtype_name
+from jax_eagle.planning import read_target
 from jax_eagle.sharding import Backend, make_mesh, named_sharding, param_shardings
 from pallas_kernels.aot import compile_for_h100, h100_mesh, has_plugin
 
@@ -86,7 +86,7 @@ def plan(config: TrainConfig, *, topology: str | None = None) -> Iterator[str]:
     place = find_place(config, topology)
     on_gpu = place.described or jax.default_backend() == "gpu"
     dtype = dtype_name(config.dtype or ("bfloat16" if on_gpu else "float32"))
-    target = target_config(config.target, dtype)
+    target = read_target(config.target, dtype)
     init.check_target(config, target)
     shapes = Target(nn.unbox(abstract_params(target)), target)
     draft, given = init.draft_to_train(config.draft, shapes)
@@ -127,15 +127,6 @@ def find_place(config: TrainConfig, topology: str | None) -> Place:
 
 def _host_memory() -> float:
     return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-
-
-def target_config(name: str, dtype: str) -> LlamaConfig:
-    """The config of a target whose weights need not be here."""
-    path = hub.resolve(name, weights=False)
-    if path.is_file():
-        metadata, tensors = gguf.read_file(path)
-        return LlamaConfig.from_hf(gguf.hf_config(metadata, tensors, path), dtype=dtype)
-    return hf.read_config(path, dtype=dtype)
 
 
 # ---- shapes ----------------------------------------------------------------------------------
