@@ -8,9 +8,12 @@ In this order, until the time is up (what was left out is named):
 1. Numerics of every kernel against float64, in all its forms; ends here with status 1 if wrong.
 2. Copy bandwidth and matrix peak of this machine: the floors below use them, not a data sheet.
 3. The attention kernels at 8k tokens by batch and tree size, and their peers.
-4. The round of an 8B target in bf16 with random weights: the plain step, verification of 4 to 64
+4. Products of 1 to 64 rows with fp8 and int8 weights, in the shapes of 8B and of one rank's share
+   of Maverick.
+5. The round of an 8B target in bf16 with random weights: the plain step, verification of 4 to 64
    nodes, draft, sampling and commit, and the whole round with its overhead.
-5. The attention kernels at 1k and 32k tokens.
+6. The same of one rank's share of Maverick (an eighth of it, experts in fp8).
+7. The attention kernels at 1k and 32k tokens.
 
 `--grown` instead decodes MT-Bench with SmolLM2 grown to 8B (see `grow`): milliseconds a token with
 and without speculation. It needs model and questions in the cache (`jax-eagle download
@@ -35,20 +38,25 @@ from rich.console import Console
 
 from jax_eagle import Draft, Target, bench, load_draft, load_target
 from jax_eagle.compilation_cache import enable_compilation_cache
+from jax_eagle.config import DraftConfig, Llama4Attention, LlamaConfig, MoE
 from jax_eagle.eagle import init_draft_params
 from jax_eagle.llama import init_params
 from jax_eagle.machine import describe_machine
 from jax_eagle.program import run_program
 from jax_eagle.prompts import as_chat, mt_bench
+from jax_eagle.quantization import Quantization
 from jax_eagle.sharding import Backend
+from pallas_kernels.grouped_matmul.shapes import MatmulShape
 from pallas_kernels.tree_attention import tree_attention
 from pallas_kernels.tree_attention.shapes import NODES, SHAPES
 
 from .attention import prefix_bytes, seconds_per_call
 from .grow import describe, grow_draft, grow_target
-from .numerics import check_kernels
+from .matmul import EIGHT_BITS, measure_products
+from .numerics import check_kernels, check_products
 from .peers import peers
 from .rounds import Setting, measure_rounds
+from .share import read_share
 from .synthetic import DRAFT_8B, LLAMA_8B
 from .timing import Machine, Row, measure_machine
 
@@ -65,6 +73,13 @@ class Sizes:
         (1, 8192, (16, 4, 8, 64)), (8, 8192, (16, 4)), (64, 4096, (4,)), (32, 8192, (4,)),
     )  # fmt: skip
     """(batch, context, tree sizes) of the model's steps, the most telling first."""
+    share: tuple | None = None
+    """(target, draft) of one rank's share; None: Maverick's."""
+    shared_rounds: tuple = ((1, 8192, (4,)), (8, 8192, (4,)), (64, 8192, (4,)))
+    """As `rounds`, of the share."""
+    rows: tuple = (1, 4, 16, 64)
+    """Of the products."""
+    products: tuple = EIGHT_BITS
     contexts: tuple = (8192, 1024, 32768)
     batches: tuple = (1, 8, 32, 64)
     nodes: tuple = NODES
@@ -90,22 +105,28 @@ def tiny() -> Sizes:
     )  # fmt: skip
     draft = dataclasses.replace(DRAFT_8B, layer=dataclasses.replace(config, num_layers=1))
     draft = dataclasses.replace(draft, feature_width=64, draft_vocab_size=128)
+    share = dataclasses.replace(
+        config, llama4=Llama4Attention((1,), chunk=64), moe=MoE(4, 1, (1,), 64),
+        quantization=Quantization(experts="fp8"),
+    )  # fmt: skip
     return Sizes(
-        config, draft, interpret=True, rounds=((1, 64, (4,)),), contexts=(256,), batches=(1,),
+        config, draft, interpret=True, rounds=((1, 64, (4,)),), share=(share, draft),
+        shared_rounds=((2, 64, (4,)),), products=(("tiny", MatmulShape(4, 128, 64), "int8"),),
+        rows=(2,), contexts=(256,), batches=(1,),
         nodes=(4,), shape="smollm2-135m", copy_bytes=2**20, matrix=128, repetitions=2,
         grown=((1, ("chain:1",)),), new_tokens=4, groups=1,
     )  # fmt: skip
 
 
-def random_models(sizes: Sizes) -> tuple[Target, Draft]:
-    """Random weights made on the device, in the shapes of `sizes`."""
+def random_models(
+    config: LlamaConfig, draft_config: DraftConfig, backend: Backend
+) -> tuple[Target, Draft]:
+    """Random weights made on the device."""
     key = jax.random.key(0)
-    params = jax.jit(functools.partial(init_params, sizes.config))(key)
-    backend = Backend(attention=sizes.attention, interpret=sizes.interpret)
-    target = Target(params, sizes.config, backend=backend)
-    draft_params = jax.jit(functools.partial(init_draft_params, sizes.draft))(key)
-    mapping = jnp.arange(sizes.draft.draft_vocab_size, dtype=jnp.int32)
-    return target, Draft(draft_params, mapping, sizes.draft)
+    params = jax.jit(functools.partial(init_params, config))(key)
+    draft_params = jax.jit(functools.partial(init_draft_params, draft_config))(key)
+    mapping = jnp.arange(draft_config.draft_vocab_size, dtype=jnp.int32)
+    return Target(params, config, backend=backend), Draft(draft_params, mapping, draft_config)
 
 
 # ---- attention alone ---------------------------------------------------------------------------
@@ -200,14 +221,27 @@ def measurements(
     yield from attention(sizes.attention, kernels, [first], sizes.batches, sizes.nodes)
     for name, attend in peers().items():
         yield from attention(name, attend, [first], sizes.batches, sizes.nodes[-2:][:1])
-    if not in_time():
-        yield "rounds, and attention at other contexts", iter(())
-        return
-    target, draft = random_models(sizes)
-    for batch, context, trees in sizes.rounds:
-        setting = Setting(machine, sizes.repetitions, target, draft, batch, context)
-        yield f"rounds, batch {batch}, {context} tokens", measure_rounds(setting, trees)
-    del target, draft, setting  # room for long caches
+    for name, shape, scheme in sizes.products:
+        rows = measure_products(
+            machine, name, shape, scheme, rows=sizes.rows, calls=4 * sizes.repetitions,
+            implementation=sizes.attention, interpret=sizes.interpret,
+        )  # fmt: skip
+        yield f"products ({scheme}) of {name}", rows
+    backend = Backend(attention=sizes.attention, matmul=sizes.attention, interpret=sizes.interpret)
+    share = sizes.share or read_share("llama_4_maverick")
+    for label, configs, settings in (
+        ("", (sizes.config, sizes.draft), sizes.rounds),
+        ("an eighth of Maverick, ", share, sizes.shared_rounds),
+    ):
+        if not in_time():
+            yield f"rounds, {label}and what follows", iter(())
+            return
+        target, draft = random_models(*configs, backend)
+        for batch, context, trees in settings:
+            setting = Setting(machine, sizes.repetitions, target, draft, batch, context, label)
+            name = f"rounds, {label}batch {batch}, {context} tokens"
+            yield name, measure_rounds(setting, trees)
+        del target, draft, setting  # room for what comes
     yield from attention(sizes.attention, kernels, others, sizes.batches, sizes.nodes)
 
 
@@ -233,6 +267,7 @@ def main(
     results: dict[str, Any] = {"machine": describe_machine(), "rehearsal": rehearse}
     try:
         wrong = check_kernels(console, interpret=sizes.interpret, few=rehearse)
+        wrong += check_products(console, interpret=sizes.interpret, few=rehearse)
         results["numerics"] = wrong or "every kernel within its bound"
         if wrong:
             raise typer.Exit(1)

@@ -1,6 +1,7 @@
-"""The attention kernels against float64, on whatever runs them here."""
+"""The kernels against float64, on whatever runs them here."""
 
 import functools
+import itertools
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -9,12 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
+from pallas_kernels.grouped_matmul import dequantize, grouped_matmul
+from pallas_kernels.grouped_matmul.shapes import SCHEMES, MatmulShape
+from pallas_kernels.grouped_matmul.shapes import abstract_inputs as abstract_weights
 from pallas_kernels.tree_attention.inputs import Inputs
 from pallas_kernels.tree_attention.shapes import SHAPES, abstract_inputs
 from pallas_kernels.tree_attention.triton import tree_attention_triton
 
 BOUNDS = {"float32": 1e-5, "bfloat16": 1e-2, "float8_e4m3fn": 1e-2}
 """Relative norm of the difference, by the dtype of the pages."""
+
+
+_PRODUCTS = (MatmulShape(5, 512, 192), MatmulShape(1, 1024, 320), MatmulShape(1, 4096, 6144))
 
 
 class Case(NamedTuple):
@@ -55,6 +62,50 @@ def check_kernels(console: Console, *, interpret: bool, few: bool) -> list[str]:
         highlight=False,
     )
     return wrong
+
+
+def check_products(console: Console, *, interpret: bool, few: bool) -> list[str]:
+    """The same of products with weights of all schemes: one map, and experts."""
+    shapes = _PRODUCTS[:1] if few else _PRODUCTS
+    tokens = (4,) if few else (1, 16, 80)
+    wrong, worst = [], {}
+    for scheme, shape, count in itertools.product(SCHEMES, shapes, tokens):
+        error = product_error(shape, scheme, count, interpret=interpret)
+        worst[scheme] = max(worst.get(scheme, 0.0), error)
+        if not error < BOUNDS["bfloat16"]:
+            wrong.append(f"product ({scheme}), {shape}, {count} rows: relative error {error:.1e}")
+            console.print(f"WRONG {wrong[-1]}", highlight=False)
+    figures = ", ".join(f"{name} {error:.1e}" for name, error in worst.items())
+    console.print(f"products against float64, worst relative norm: {figures}", highlight=False)
+    return wrong
+
+
+def product_error(shape: MatmulShape, scheme: str, tokens: int, *, interpret: bool) -> float:
+    """Of random weights, with an unused tile where there are experts."""
+    like = abstract_weights(shape, tokens=tokens, scheme=scheme)
+    rng = np.random.default_rng(tokens)
+    w_like, x_like = like["w"], like["x_RD"]
+    if w_like.dtype == jnp.uint8:
+        w = jnp.asarray(rng.integers(0, 256, w_like.shape), jnp.uint8)
+    else:
+        w = jnp.asarray(rng.integers(-7, 8, w_like.shape), w_like.dtype)
+    scale = like["scale"]
+    if scale is not None:
+        scale = jnp.asarray(rng.uniform(0.01, 0.02, scale.shape), jnp.float32)
+    x_RD = jnp.asarray(rng.standard_normal(x_like.shape), x_like.dtype)
+    (X,) = like["tile_group_X"].shape
+    group_X = np.sort(rng.integers(0, shape.groups, X)).astype(np.int32)
+    if X > 1:
+        group_X[-1] = -1
+    run = functools.partial(grouped_matmul, implementation="triton", interpret=interpret)
+    out_RF = np.asarray(jax.jit(run)(x_RD, w, group_X, scale=scale), np.float64)
+    weights = np.asarray(dequantize(w, scale), np.float64)
+    tiles = np.asarray(x_RD, np.float64).reshape(X, -1, shape.inputs)
+    expected = np.stack(
+        [rows @ weights[e] * (e >= 0) for rows, e in zip(tiles, group_X, strict=True)]
+    )
+    expected = expected.reshape(out_RF.shape)
+    return float(np.linalg.norm(out_RF - expected) / np.linalg.norm(expected))
 
 
 def relative_error(case: Case, *, interpret: bool) -> float:

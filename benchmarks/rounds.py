@@ -1,6 +1,7 @@
 """The round of a large target, and its parts, each timed in a loop of its own."""
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,27 +10,24 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_eagle import Draft, SamplingParams, Target
-from jax_eagle.bench import weight_bytes
 from jax_eagle.cache import commit
-from jax_eagle.config import LlamaConfig
+from jax_eagle.deployment import describe_mesh
 from jax_eagle.generate import decode, propose
+from jax_eagle.planning import Share, draft_rows, draft_share, target_share
+from jax_eagle.roofline import H100, Roofline
 from jax_eagle.sampling import Sampling
 from jax_eagle.state import DecodeState, Plan
+from jax_eagle.tree import TreeShape
 from jax_eagle.verify import verify
 from pallas_kernels.compat import order_after
 
-from .attention import prefix_bytes
 from .synthetic import make_plan, make_state
 from .timing import Machine, Row, loop_counts, per_iteration, time_loops
 
 TREES = {4: "chain:3", 8: "static:8", 16: "static:16", 64: "static:medusa-64"}
 """Trees by number of nodes; one node is plain decoding."""
 
-
-def kv_bytes(config: LlamaConfig, batch: int, context: int) -> int:
-    """Bytes of keys and values that one forward reads."""
-    layer = prefix_bytes(config, batch=batch, context=context, dtype=config.dtype)
-    return config.num_layers * layer
+ONE_DEVICE = describe_mesh(1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,13 +41,33 @@ class Setting:
     draft: Draft
     batch: int
     context: int
+    label: str = ""
+    """What the rows begin with."""
 
     def floor(self, nodes: int) -> float:
-        """Of one forward of the target: weights and cache read, products made."""
-        config, parameters = self.target.config, weight_bytes(self.target)
-        flops = 2 * nodes * self.batch * parameters / jnp.dtype(config.dtype).itemsize
-        read = parameters + kv_bytes(config, self.batch, self.context)
-        return self.machine.floor(read, flops)
+        """Seconds of one forward of the target at least."""
+        share = self._target_share
+        own = {"batch": self.batch, "context": self.context, "weights": share.per_weight}
+        return self._roofline.step(self.target.config, nodes=nodes, **own).seconds
+
+    def draft_floor(self, shape: TreeShape) -> float:
+        """Seconds of the draft's passes of one round at least."""
+        share = draft_share(self.draft.config, ONE_DEVICE, self._target_share.per_weight.head)
+        own = {"batch": self.batch, "context": self.context, "weights": share.per_weight}
+        rows = draft_rows(shape)
+        return self._roofline.drafting(self.draft.config, rows=rows, **own).seconds
+
+    @functools.cached_property
+    def _target_share(self) -> Share:
+        return target_share(self.target.config, ONE_DEVICE)
+
+    @property
+    def _roofline(self) -> Roofline:
+        machine, config = self.machine, self.target.config
+        limits = dataclasses.replace(
+            H100, bandwidth=machine.bytes_per_second, flops=machine.flops_per_second
+        )
+        return Roofline(limits, cache_bytes=jnp.dtype(config.kv_dtype or config.dtype).itemsize)
 
     def time_rounds(self, tree: str, head: Any) -> tuple[float, Plan, DecodeState]:
         """(seconds a round, its plan, a state in the middle)."""
@@ -71,7 +89,7 @@ class Setting:
 
 def measure_rounds(setting: Setting, sizes_of_trees: tuple[int, ...]) -> Iterator[Row]:
     """The plain step, then for each tree the whole round and its parts."""
-    label = f"batch {setting.batch}, {setting.context} tokens"
+    label = f"{setting.label}batch {setting.batch}, {setting.context} tokens"
     plain = setting.time_rounds("root", None)[0]
     yield Row(f"plain step, {label}", plain, setting.floor(1))
     head = jax.jit(lambda draft, target: draft.bind_head(target))(setting.draft, setting.target)
@@ -86,9 +104,7 @@ def _measure_tree(
     whole, plan, state = setting.time_rounds(tree, head)
     many = setting.many
     floor, passes = setting.floor(nodes), plan.shape.max_depth
-    read = sum(x.nbytes for x in jax.tree.leaves((draft.params, head)))
-    read += kv_bytes(draft.config.layer, setting.batch, setting.context)
-    draft_floor = passes * machine.floor(read)
+    draft_floor = setting.draft_floor(plan.shape)
     note = f"{whole / plain:.2f} plain steps"
     yield Row(f"round of {tree}, {label}", whole, floor + draft_floor, note)
 

@@ -34,6 +34,9 @@ class View(struct.PyTreeNode):
     """First prefix position a node sees; None: all."""
     scratch: KV | None = None
     """Earlier nodes of the same tree that are not committed (the draft's levels)."""
+    live: Bool[Array, "B M"] | None = None
+    """Nodes that somebody asks for; None: all. Others (of finished sequences, or behind the end of
+    a prompt) read no experts, and what becomes of them is not defined."""
 
     def in_chunk(self, chunk: int) -> "View":
         """The same without positions below each node's own chunk.

@@ -40,7 +40,8 @@ def round_step(target: Target, draft: Draft | None, head, plan: Plan, state: Dec
         draft_cache, proposal = propose(target, draft, head, plan, state)
         tree, tree_tokens = proposal.tree, proposal.tokens
     with jax.named_scope("target"):
-        out = target(tree_tokens, tree, state.cache, draft.config.taps if draft else ())
+        live = jnp.broadcast_to(~state.done[:, None], tree_tokens.shape)
+        out = target(tree_tokens, tree, state.cache, draft.config.taps if draft else (), live)
         logits = target.head(out.x)
     with jax.named_scope("verify"):
         shaped = shape_logits(

@@ -7,19 +7,28 @@ Each parameter declares its shape, logical axes and initialiser once. Kernels ar
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from .config import Llama4Attention, LlamaConfig, Stored
+from .config import Llama4Attention, LlamaConfig
 from .packing import matmul, module_blocks, quantized_matmul
+from .quantization import Stored
 from .sharding import Backend
 
 _SPREAD = {"fp8": 1.0, "int8": 73.9, "int4": 4.6}
 """Standard deviations of the values that `_random_values` makes."""
+
+
+class Kernel(NamedTuple):
+    """The kernel of a linear map as it is stored: weight = value * scale."""
+
+    values: jax.Array
+    scale: jax.Array | None = None
+    """[batch..., groups of inputs, out...] in float32; None: the values are the weights."""
 
 
 def partitioned(init: Callable[..., Any], axes: tuple[str | None, ...]) -> Callable[..., Any]:
@@ -34,7 +43,7 @@ def declare_kernel(
     axes: tuple[str | None, ...],
     stored: Stored | None,
     dtype: Any,
-) -> tuple[jax.Array, jax.Array | None]:
+) -> Kernel:
     """The kernel [batch..., in..., out...] of a linear map as a parameter of `module`.
 
     Args:
@@ -42,9 +51,6 @@ def declare_kernel(
       shapes: of batch (experts), inputs, outputs.
       axes: the logical axes of all of them.
       stored: how; None: in `dtype`, without scales.
-
-    Returns:
-      The kernel and its scales, [batch..., groups of inputs, out...] in float32.
     """
     batch, inputs, outputs = shapes
     first, behind = len(batch), len(batch) + len(inputs)
@@ -53,10 +59,11 @@ def declare_kernel(
             1.0, "fan_in", "normal", batch_axis=tuple(range(first)),
             in_axis=tuple(range(first, behind)), out_axis=tuple(range(behind, len(axes))),
         )  # fmt: skip
-        return module.param(name, partitioned(init, axes), batch + inputs + outputs, dtype), None
+        shape = batch + inputs + outputs
+        return Kernel(module.param(name, partitioned(init, axes), shape, dtype))
     fan_in = math.prod(inputs)
     groups = stored.groups(fan_in)
-    kernel = module.param(
+    values = module.param(
         name,
         partitioned(_random_values, axes),
         batch + stored.kernel_shape(inputs, outputs),
@@ -71,7 +78,7 @@ def declare_kernel(
         (*batch, groups, *outputs),
         jnp.float32,
     )
-    return kernel, scale
+    return Kernel(values, scale)
 
 
 def _random_values(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
@@ -97,8 +104,8 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         shapes = (), self.in_shape, self.out_shape
-        kernel, scale = declare_kernel(self, "kernel", shapes, self.axes, self.stored, x.dtype)
-        kernel_DF = jnp.reshape(kernel, (-1, math.prod(self.out_shape)))
+        values, scale = declare_kernel(self, "kernel", shapes, self.axes, self.stored, x.dtype)
+        kernel_DF = jnp.reshape(values, (-1, math.prod(self.out_shape)))
         batch_shape = x.shape[: x.ndim - len(self.in_shape)]
         x_D = jnp.reshape(x, (*batch_shape, -1))
         if scale is None:
@@ -113,6 +120,11 @@ class Linear(nn.Module):
             bias = self.param("bias", bias_init, self.out_shape, x.dtype)
             y = y + jnp.reshape(bias, (1,) * (y.ndim - bias.ndim) + bias.shape)
         return y
+
+    def parameters(self) -> tuple[Kernel, jax.Array | None]:
+        """(kernel [in..., out...], bias if it has one), for a product that the caller makes."""
+        kernel = Kernel(self.get_variable("params", "kernel"), self.get_variable("params", "scale"))
+        return kernel, self.get_variable("params", "bias")
 
 
 class RMSNorm(nn.Module):
@@ -182,6 +194,16 @@ class SwiGLU(nn.Module):
     def inner(self, x: Float[Array, "B M D"]) -> Float[Array, "B M F"]:
         """What `down` takes."""
         return nn.silu(self.gate(x)) * self.up(x)
+
+    def before_down(
+        self, x: Float[Array, "B M D"]
+    ) -> tuple[Float[Array, "B M F"], Kernel, Float[Array, " D"] | None]:
+        """(what `down` takes, its kernel [F, D], its bias), for those who sum it with other things.
+
+        On a mesh each device has some of F. The product, its sum over the devices and the bias,
+        which is added once, are left to the caller.
+        """
+        return self.inner(x), *self.down.parameters()
 
 
 def rope_frequencies(config: LlamaConfig) -> Float[Array, "H/2"]:

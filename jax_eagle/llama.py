@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct, traverse_util
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, Num
+from jaxtyping import Array, Bool, Float, Int, Num
 
 from .attention import Attention, View
 from .cache import KV, PagedCache
@@ -53,10 +53,11 @@ class DecoderLayer(nn.Module):
         with jax.named_scope("mlp"):
             h_BMD = RMSNorm(c.hidden_size, c.rms_norm_eps, name="mlp_norm")(x_BMD)
             if c.uses_experts(self.layer):
-                mlp = Experts(c, self.backend, self.layer, name="moe")
+                h_BMD = Experts(c, self.backend, self.layer, name="moe")(h_BMD, view.live)
             else:
-                mlp = SwiGLU(c, None, c.stored("mlp", self.layer), self.backend, name="mlp")
-            return self.backend.by_batch(x_BMD + mlp(h_BMD)), k, v
+                stored = c.stored("mlp", self.layer)
+                h_BMD = SwiGLU(c, None, stored, self.backend, name="mlp")(h_BMD)
+            return self.backend.by_batch(x_BMD + h_BMD), k, v
 
 
 class Llama(nn.Module):
@@ -130,14 +131,15 @@ class Target(struct.PyTreeNode):
         tree: Tree,
         cache: PagedCache | None,
         taps: tuple[int, ...] = (),
+        live_BM: Bool[Array, "B M"] | None = None,
     ) -> TargetOutput:
         """One forward of the M nodes of `tree` under the prefix in `cache` (None: no prefix).
 
         `taps` names layers whose incoming residual stream becomes the features (EAGLE-3); without
-        taps the features are the final-norm states (EAGLE).
+        taps the features are the final-norm states (EAGLE). `live_BM`: see `View.live`.
         """
         position_BM = tree.depth if cache is None else cache.length[:, None] + tree.depth
-        view = View(position=position_BM, mask=tree.mask, cache=cache)
+        view = View(position=position_BM, mask=tree.mask, cache=cache, live=live_BM)
         return TargetOutput(*self._apply(tokens_BM, view, taps))
 
     def _apply(self, *args, method: str | None = None) -> Any:

@@ -18,9 +18,10 @@ from pallas_kernels.tree_attention import IMPLEMENTATIONS
 from . import hub
 from .checkpoint import eagle, gguf, hf, orbax
 from .checkpoint.mapping import CheckpointError
-from .config import KV_DTYPES, ConfigError, Quantization
+from .config import KV_DTYPES, ConfigError
 from .draft import Draft
 from .llama import Target
+from .quantization import Quantization
 from .sharding import Backend
 
 DTYPES = ("float32", "bfloat16", "float16")

@@ -16,22 +16,20 @@ gate before up.
 
 import dataclasses
 import functools
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int, Num
+from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.grouped_matmul import arrange, grouped_matmul, rows_per_tile
 
 from .config import LlamaConfig
-from .layers import Linear, SwiGLU, declare_kernel
+from .layers import Kernel, Linear, SwiGLU, declare_kernel
 from .packing import matmul, quantized_matmul
 from .sharding import TENSOR, Backend
-
-Scales = tuple[jax.Array | None, jax.Array | None]
-"""Of the kernels gate_up and down."""
 
 
 class Experts(nn.Module):
@@ -42,40 +40,42 @@ class Experts(nn.Module):
     layer: int = 0
 
     @nn.compact
-    def __call__(self, x_BMD: Float[Array, "B M D"]) -> Float[Array, "B M D"]:
+    def __call__(
+        self, x_BMD: Float[Array, "B M D"], live_BM: Bool[Array, "B M"] | None = None
+    ) -> Float[Array, "B M D"]:
         c, moe = self.config, self.config.moe
         assert moe is not None
         D, E, F = c.hidden_size, moe.num_experts, moe.intermediate_size
         stored = c.stored("experts", self.layer)
-        gate_up, gate_up_scale = declare_kernel(
+        gate_up = declare_kernel(
             self, "gate_up", ((E,), (D,), (2, F)), ("experts", "embed", None, "expert_mlp"),
             stored, x_BMD.dtype,
         )  # fmt: skip
-        down, down_scale = declare_kernel(
+        down = declare_kernel(
             self, "down", ((E,), (F,), (D,)), ("experts", "expert_mlp", "embed"),
             stored, x_BMD.dtype,
         )  # fmt: skip
-        scales = gate_up_scale, down_scale
         x_TD = jnp.reshape(x_BMD, (-1, D))
         with jax.named_scope("router"):
             # Every device routes every token: the experts' own axis is not the router's.
             router = Linear((D,), (E,), ("embed", None), out_dtype=jnp.float32, name="router")
             weight_TK, expert_TK = route(router(x_TD), moe.experts_per_token)
+            if live_BM is not None:
+                expert_TK = jnp.where(jnp.reshape(live_BM, (-1, 1)), expert_TK, -1)
         routed = x_TD, weight_TK, expert_TK, gate_up, down
         shared = SwiGLU(c, F, c.stored("mlp", self.layer), self.backend, name="shared")
         if self.backend.mesh is None:
             with jax.named_scope("experts"):
-                out_TD = run_experts(*routed, self.backend, scales)
+                out_TD = run_experts(*routed, self.backend)
             with jax.named_scope("shared_expert"):
                 return shared(x_BMD) + jnp.reshape(out_TD, x_BMD.shape)
         with jax.named_scope("shared_expert"):
-            inner_TF = jnp.reshape(shared.inner(x_BMD), (-1, F))
+            inner_BMF, shared_down, bias = shared.before_down(x_BMD)
+            inner_TF = jnp.reshape(inner_BMF, (-1, F))
         with jax.named_scope("experts"):
-            of_down = shared.variables["params"]["down"]
-            whole = inner_TF, of_down["kernel"], of_down.get("scale")
-            out_TD = _sum_over_devices(routed, scales, whole, self.backend)
+            out_TD = _sum_over_devices(*routed, inner_TF, shared_down, self.backend)
             out_BMD = jnp.reshape(out_TD, x_BMD.shape)
-        return out_BMD + jnp.reshape(of_down["bias"], (1, 1, -1)) if c.mlp_bias else out_BMD
+        return out_BMD if bias is None else out_BMD + jnp.reshape(bias, (1, 1, -1))
 
 
 def route(
@@ -99,66 +99,73 @@ def run_experts(
     x_TD: Float[Array, "T D"],
     weight_TK: Float[Array, "T K"],
     expert_TK: Int[Array, "T K"],
-    gate_up: Num[Array, "E stored 2 F"],
-    down: Num[Array, "E stored D"],
+    gate_up: Kernel,
+    down: Kernel,
     backend: Backend,
-    scales: Scales = (None, None),
+    num_experts: int | None = None,
 ) -> Float[Array, "T D"]:
     """The sum of expert(weight * x) over each token's experts; other experts are not read.
 
-    A negative expert is left out. Kernels in fewer bits have `scales` [E, S, 2, F] and [E, S, D].
+    Args:
+      expert_TK: the experts of each token; a negative one is left out.
+      gate_up: [E, D, 2, F] as it is stored, its scales [E, S, 2, F].
+      down: [E, F, D] as it is stored, its scales [E, S, D].
+      num_experts: those that the choices fell on, if they are more than the E that are here.
     """
-    (T, K), E = expert_TK.shape, gate_up.shape[0]
-    plan = arrange(expert_TK, E, rows_per_tile(T * K, E))
+    (T, K), E = expert_TK.shape, gate_up.values.shape[0]
+    plan = arrange(expert_TK, E, rows_per_tile(T * K, num_experts or E))
     product = functools.partial(
         grouped_matmul, implementation=backend.matmul, interpret=backend.interpret
     )
     weight_R = jnp.take(jnp.ravel(weight_TK), jnp.maximum(plan.choice_of_row, 0))
     x_RD = jnp.take(x_TD, plan.token_of_row, axis=0) * weight_R[:, None].astype(x_TD.dtype)
-    scale = scales[0]
-    inner_R2F = product(
-        x_RD,
-        jnp.reshape(gate_up, (*gate_up.shape[:2], -1)),
-        plan.tile_group,
-        scale=None if scale is None else jnp.reshape(scale, (*scale.shape[:2], -1)),
-    )
+    both = jax.tree.map(lambda array: jnp.reshape(array, (*array.shape[:2], -1)), gate_up)
+    inner_R2F = product(x_RD, both.values, plan.tile_group, scale=both.scale)
     gate_RF, up_RF = jnp.split(inner_R2F, 2, axis=1)
-    out_RD = product(nn.silu(gate_RF) * up_RF, down, plan.tile_group, scale=scales[1])
+    out_RD = product(nn.silu(gate_RF) * up_RF, down.values, plan.tile_group, scale=down.scale)
     out_TKD = out_RD.at[plan.row_of_choice].get(mode="fill", fill_value=0)
     return jnp.sum(out_TKD, axis=1, dtype=jnp.float32).astype(x_TD.dtype)
 
 
-def _sum_over_devices(routed, scales: Scales, whole, backend: Backend):
-    """`run_experts(*routed)` plus the product of inner_TF with the shared expert's kernel, of which
-    each device of the mesh makes a part; `whole` are these two and the kernel's scales, if any."""
+def _sum_over_devices(
+    x_TD: Float[Array, "T D"],
+    weight_TK: Float[Array, "T K"],
+    expert_TK: Int[Array, "T K"],
+    gate_up: Kernel,
+    down: Kernel,
+    inner_TF: Float[Array, "T F"],
+    shared_down: Kernel,
+    backend: Backend,
+) -> Float[Array, "T D"]:
+    """`run_experts` plus inner_TF @ shared_down: each device of the mesh makes a part of both."""
 
-    def part(routed, scales, whole):
-        x_TD, weight_TK, expert_TK, gate_up, down = routed
+    def part(x_TD, weight_TK, expert_TK, gate_up, down, inner_TF, shared_down):
+        num_here = num_experts = gate_up.values.shape[0]
         if backend.expert_parallel:
-            own_TK = expert_TK - jax.lax.axis_index(TENSOR) * gate_up.shape[0]
-            is_here_TK = (own_TK >= 0) & (own_TK < gate_up.shape[0])
+            num_experts *= jax.lax.axis_size(TENSOR)
+            own_TK = expert_TK - jax.lax.axis_index(TENSOR) * num_here
+            is_here_TK = (own_TK >= 0) & (own_TK < num_here)
             expert_TK = jnp.where(is_here_TK, own_TK, -1)
         alone = dataclasses.replace(backend, mesh=None)
-        routed_TD = run_experts(x_TD, weight_TK, expert_TK, gate_up, down, alone, scales)
-        inner_TF, kernel, scale = whole
+        routed_TD = run_experts(x_TD, weight_TK, expert_TK, gate_up, down, alone, num_experts)
+        values, scale = shared_down
         if scale is None:
-            shared_TD = matmul(inner_TF, kernel, None)
+            shared_TD = matmul(inner_TF, values, None)
         else:
-            shared_TD = quantized_matmul(inner_TF, kernel, scale, ("mlp", "embed"), alone)
+            shared_TD = quantized_matmul(inner_TF, values, scale, ("mlp", "embed"), alone)
         return jax.lax.psum(routed_TD + shared_TD, TENSOR)
 
-    def inputs(scale, axes):  # as the kernel's, unless there is one scale for all inputs
-        return P(*axes) if scale is not None and scale.shape[-2] > 1 else P(*axes[:-2], None, None)
-
-    gate_up, down = (None, None, None, TENSOR), (None, TENSOR, None)
-    kernels = P(*gate_up), P(*down)
-    of_scales = P(*gate_up), inputs(scales[1], down)
     if backend.expert_parallel:
-        kernels = of_scales = P(TENSOR), P(TENSOR)
-    in_specs = (
-        (P(), P(), P(), *kernels),
-        of_scales,
-        (P(None, TENSOR), P(TENSOR, None), inputs(whole[2], (TENSOR, None))),
-    )
+        of_experts = P(TENSOR), P(TENSOR)
+    else:
+        of_experts = P(None, None, None, TENSOR), _cut_inputs(down, None)
+    in_specs = P(), P(), P(), *of_experts, P(None, TENSOR), _cut_inputs(shared_down)
     # Unchecked: the kernels do not say how their outputs vary.
-    return backend.on_each_device(part, in_specs, P(), check_vma=False)(routed, scales, whole)
+    return backend.on_each_device(part, in_specs, P(), check_vma=False)(
+        x_TD, weight_TK, expert_TK, gate_up, down, inner_TF, shared_down
+    )
+
+
+def _cut_inputs(kernel: Kernel, *batch: None) -> Any:
+    """Specs of [batch..., in, out] whose inputs are cut; one scale for all inputs is not."""
+    return jax.tree.map(lambda x: P(*batch, TENSOR if x.shape[-2] > 1 else None, None), kernel)

@@ -74,11 +74,9 @@ class Placement:
         array = np.asarray(self._repeat(array, axes))
         return jax.make_array_from_callback(array.shape, self._sharding(axes), part)
 
-    def put(self, path: tuple[str, ...], x: jax.Array) -> jax.Array:
-        """An array that is on devices, on those where the parameter at `path` belongs."""
-        if self.backend.mesh is None:
-            return x
-        return jax.device_put(x, self._sharding(self._axes_at(path)))
+    def sharding(self, path: tuple[str, ...]) -> jax.sharding.Sharding | None:
+        """How the parameter at `path` is cut; None on one device."""
+        return None if self.backend.mesh is None else self._sharding(self._axes_at(path))
 
     def of_file(self, path: tuple[str, ...] | None) -> jax.sharding.Sharding:
         """Where to put the stored parameter at `path`, to be spread; None: an array that is whole.

@@ -191,14 +191,14 @@ def make_plan(deployment: Deployment, mesh: Mesh, accelerator: Accelerator, memo
             f"{deployment.model}: max-model-len is {length}, "
             f"this model's context holds {target.max_position}"
         )
-    own = _target_share(target, mesh, deployment.enable_expert_parallel)
+    own = target_share(target, mesh, deployment.enable_expert_parallel)
     return Plan(
         deployment,
         mesh,
         Roofline(accelerator, mesh.shape[TENSOR], _cached_item(target)),
         memory,
         own,
-        None if draft is None else _draft_share(draft, mesh, own.per_weight.head),
+        None if draft is None else draft_share(draft, mesh, own.per_weight.head),
         length,
     )
 
@@ -248,7 +248,8 @@ def draft_rows(shape: TreeShape) -> tuple[int, ...]:
 # ---- one device's share of a network ------------------------------------------------------------
 
 
-def _target_share(config: LlamaConfig, mesh: Mesh, expert_parallel: bool) -> Share:
+def target_share(config: LlamaConfig, mesh: Mesh, expert_parallel: bool = False) -> Share:
+    """What one device of the mesh holds of a target."""
     fitted = fit(config, mesh, expert_parallel=expert_parallel)
     groups = device_bytes(abstract_params(fitted), mesh, expert_parallel=expert_parallel)
     head = groups["head"] or groups["embedding"]  # tied
@@ -256,8 +257,8 @@ def _target_share(config: LlamaConfig, mesh: Mesh, expert_parallel: bool) -> Sha
     return Share(config, groups, _token_bytes(fitted, mesh), per_weight)
 
 
-def _draft_share(draft: DraftConfig, mesh: Mesh, target_head: float) -> Share:
-    """`target_head`: bytes of one weight of the target's head."""
+def draft_share(draft: DraftConfig, mesh: Mesh, target_head: float) -> Share:
+    """What one device holds of a draft; `target_head`: bytes of one weight of the target's head."""
     layer, own = draft.layer, draft.draft_vocab_size
     kv_heads = fit(
         dataclasses.replace(layer, vocab_size=own or layer.vocab_size), mesh

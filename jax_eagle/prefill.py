@@ -48,8 +48,9 @@ def extend_prompt(target: Target, draft: Draft | None, carry: Prefill, tokens_BT
     Returns the carry and the features of the chunk, [B, T, F].
     """
     B, T = tokens_BT.shape
-    out = target(tokens_BT, chain_tree(B, T), carry.cache, draft.config.taps if draft else ())
     row_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
+    taps, live_BT = draft.config.taps if draft else (), row_BT < count_B[:, None]
+    out = target(tokens_BT, chain_tree(B, T), carry.cache, taps, live_BT)
     cache = commit(carry.cache, out.new_kv, row_BT, order_after(out.x, count_B))
     draft_cache = carry.draft_cache
     if draft is not None and draft_cache is not None:

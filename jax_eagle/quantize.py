@@ -2,8 +2,8 @@
 
 A kernel is stored as small numbers and float32 scales: weight = value * scale. fp8 (e4m3) and int8
 have one scale for each output channel, int4 one for each group of inputs of an output channel; all
-are symmetric and rounded to the nearest. What is stored how says `config.Quantization`: modules
-declare their kernels accordingly (`layers.declare_kernel`), and kernels become here what is
+are symmetric and rounded to the nearest. What is stored how says `quantization.Quantization`:
+modules declare their kernels accordingly (`layers.declare_kernel`), and kernels become here what is
 declared. Products widen the values on the fly (`packing.quantized_matmul`).
 """
 
@@ -20,14 +20,14 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Num
 
 from pallas_kernels.grouped_matmul import pack_int4
-from pallas_kernels.grouped_matmul.reference import dequantise
 
-from .config import STORED_DTYPES, ConfigError, DraftConfig, LlamaConfig, Quantization, Stored
+from .config import ConfigError, DraftConfig, LlamaConfig
 from .draft import Draft, draft_placement
 from .eagle import abstract_draft_params
 from .llama import Target, abstract_params, target_placement
 from .packing import unpack_params
 from .placement import Placement
+from .quantization import STORED_DTYPES, Quantization, Stored
 from .sharding import Backend
 
 _LARGEST = {"fp8": 448.0, "int8": 127.0, "int4": 7.0}
@@ -46,7 +46,7 @@ def quantize_kernel(
     Args:
       scheme: "fp8" (values in float8_e4m3fn), "int8", or "int4" (uint8, two a byte, as
         `pack_int4` has it).
-      group_size: int4: inputs that share a scale; see `config.Stored.groups`.
+      group_size: int4: inputs that share a scale; see `quantization.Stored.groups`.
 
     Raises:
       ConfigError: int4 groups that do not fit the inputs.
@@ -62,13 +62,6 @@ def quantize_kernel(
         return jnp.clip(values, -448.0, 448.0).astype(jnp.float8_e4m3fn), scale
     values = jnp.round(values).astype(jnp.int8)
     return (values if scheme == "int8" else pack_int4(values, D // groups)), scale
-
-
-def dequantize(
-    values: Num[Array, "*E stored F"], scale: Float[Array, "*E S F"]
-) -> Float[Array, "*E D F"]:
-    """The weights in float32 that these stand for: for tests and measurements."""
-    return dequantise(values, scale)
 
 
 def quantize(model: Model, quantization: Quantization | str) -> Model:
@@ -111,18 +104,35 @@ class Form(NamedTuple):
     output_axes: int
 
     def store(self, path: Path, kernel: jax.Array, placement: Placement) -> dict[Path, jax.Array]:
-        """Values and scales of a kernel, by path, where the placement has them."""
-        stack, outputs = kernel.shape[: self.stack_axes], kernel.shape[-self.output_axes :]
-        matrix = jnp.reshape(kernel, (*stack, -1, math.prod(outputs)))
-        values, scale = quantize_kernel(matrix, self.scheme, self.group_size)
-        inputs = kernel.shape[self.stack_axes : -self.output_axes]
-        shape = Stored(self.scheme, self.group_size).kernel_shape(inputs, outputs)
-        return {
-            path: placement.put(path, jnp.reshape(values, (*stack, *shape))),
-            self.scale_path: placement.put(
-                self.scale_path, jnp.reshape(scale, (*scale.shape[:-1], *outputs))
-            ),
-        }
+        """Values and scales of a kernel, by path, each device making those that it keeps."""
+        shardings = placement.sharding(path), placement.sharding(self.scale_path)
+        any_layer = self._replace(scale_path=())  # one program for all of them
+        values, scale = _store(any_layer, shardings, kernel)
+        return {path: values, self.scale_path: scale}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _store(form: Form, shardings, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Values and scales of [stack..., in..., out...], cut as the kernel is cut.
+
+    Axes of outputs stay apart: where the last one is cut (gate_up), merged they could not be.
+    """
+
+    def one(kernel):  # [in..., out]
+        *inputs, F = kernel.shape
+        matrix = jnp.reshape(kernel, (-1, F))
+        values, scale = quantize_kernel(matrix, form.scheme, form.group_size)
+        stored = Stored(form.scheme, form.group_size).kernel_shape(tuple(inputs), (F,))
+        return jnp.reshape(values, stored), scale
+
+    for _ in range(form.output_axes - 1):
+        one = jax.vmap(one, in_axes=-2, out_axes=-2)
+    for _ in range(form.stack_axes):
+        one = jax.vmap(one)
+    values, scale = one(kernel)
+    if shardings != (None, None):
+        values, scale = jax.lax.with_sharding_constraint((values, scale), shardings)
+    return values, scale
 
 
 def stored_forms(declared: Any) -> dict[Path, Form]:
@@ -159,6 +169,8 @@ def draft_forms(config: DraftConfig) -> dict[Path, Form]:
 def quantized(layer: LlamaConfig, quantization: Quantization | str | None) -> LlamaConfig:
     """The config with a quantization, as such or as `Quantization.parse` takes it; None: as it is.
 
+    Weights that are stored in these schemes already stay as they are, skipped layers included.
+
     Raises:
       ConfigError: a quantization that does not fit, or a config that has another one.
     """
@@ -167,12 +179,16 @@ def quantized(layer: LlamaConfig, quantization: Quantization | str | None) -> Ll
     if isinstance(quantization, str):
         quantization = Quantization.parse(quantization)
     config = dataclasses.replace(layer, quantization=quantization)
-    if layer.quantization not in (None, config.quantization):
+    if (stored := layer.quantization) is None:
+        return config
+    # Which layers a published file leaves as they are is the file's affair: Meta's leave the last.
+    asked = config.quantization
+    if asked is None or dataclasses.replace(asked, skipped_layers=stored.skipped_layers) != stored:
         raise ConfigError(
-            f"the weights are stored as {layer.quantization}: expected no quantization, or that "
-            f"one, given is {config.quantization}"
+            f"the weights are stored as {stored}: expected no quantization, or that one, given is "
+            f"{asked}"
         )
-    return config
+    return layer
 
 
 def quantized_draft(config: DraftConfig, quantization: Quantization | str | None) -> DraftConfig:

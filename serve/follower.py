@@ -37,9 +37,10 @@ def run(config: ServerConfig) -> None:
     started = threading.Event()
     threading.Thread(target=_listen, args=(leader, calls, started), daemon=True).start()
 
-    def pass_on(*_: object) -> None:
-        with contextlib.suppress(OSError):
-            leader.send("stop")
+    words = iter(("stop", "hurry"))
+
+    def pass_on(*_: object) -> None:  # by a thread: whatever the signal interrupts may be sending
+        threading.Thread(target=_say, args=(leader, next(words, "hurry")), daemon=True).start()
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, pass_on)
@@ -55,6 +56,11 @@ def run(config: ServerConfig) -> None:
         time.sleep(group.LOSS_SECONDS)
         raise
     log.event("stopped")
+
+
+def _say(leader: group.Connection, word: str) -> None:
+    with contextlib.suppress(OSError):
+        leader.send(word)
 
 
 def _listen(leader: group.Connection, calls: queue.SimpleQueue, started: threading.Event) -> None:

@@ -5,10 +5,11 @@ they all have to enqueue the same programs in the same order. So the leader (pro
 call of its engine, by name and with its host arrays, to the followers, which replay it. Nothing
 else has to travel: what a call computes stays on the devices.
 
-One TCP connection a follower carries the calls; the leader's port and a token for it go through a
-collective, so only members of the group can connect. A message is a line of JSON behind its length,
-and the bytes of plain arrays: nothing in it is executed. The connection is also how either side
-notices that the other one is gone.
+One TCP connection a follower carries the calls. The leader's port and a token for it go through a
+collective, so nobody connects by mistake; but nothing is encrypted, and who can listen in can read:
+a group belongs on a network of its own. A message is a line of JSON behind its length, and the
+bytes of plain arrays: nothing in it is executed. The connection is also how either side notices
+that the other one is gone.
 """
 
 import contextlib
@@ -18,6 +19,7 @@ import secrets
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -35,11 +37,13 @@ LOSS_SECONDS = 5
 _LEAVE_SECONDS = 5
 _SIZES = struct.Struct("!IQ")
 """Of a message: bytes of JSON, bytes of arrays."""
-_MOST, _MOST_OF_HELLO = 2**30, 2**10
-"""Of both: a message, and the first one of somebody unknown."""
-_HELLO_SECONDS, _MEET_SECONDS = 10, 60
-"""Until somebody who has connected says a word, and until the next one connects."""
+_MOST = 2**30
+"""Of both."""
+_MEET_SECONDS, _HELLO_SECONDS = 60, 5
+"""Until all followers have connected, and what somebody who has connected gets to say who it is."""
 _TOKEN_BYTES = 16
+_HELLO = struct.Struct(f"!{_TOKEN_BYTES}sI")
+"""The token and a rank: the first bytes on a connection, before anything is parsed."""
 _KEEPALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 2, "TCP_KEEPCNT": 3}
 """A host that is gone without a word is noticed after some ten seconds."""
 
@@ -52,8 +56,8 @@ class Connection:
     """Messages of names, facts and arrays over a socket."""
 
     def __init__(self, sock: socket.socket):
-        """Takes the socket over; `settle` comes once the other side is known."""
-        sock.settimeout(_HELLO_SECONDS)
+        """Takes over the socket to a member of the group."""
+        sock.settimeout(None)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for name, value in _KEEPALIVE.items():
@@ -61,12 +65,10 @@ class Connection:
                 sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
         self._socket, self._file = sock, sock.makefile("rb")
         self._lock = threading.Lock()
-        self._most = _MOST_OF_HELLO
 
-    def settle(self) -> None:
-        """From now on messages may be large, and take long to come."""
-        self._socket.settimeout(None)
-        self._most = _MOST
+    def limit(self, seconds: float) -> None:
+        """From now on nothing waits longer than that for the other side."""
+        self._socket.settimeout(seconds)
 
     def send(self, name: str, arrays: Iterable[Any] = (), **facts: Any) -> None:
         """Sends one message; OSError if the other side is gone. Safe from any thread."""
@@ -85,13 +87,13 @@ class Connection:
           OSError: the other side is gone, or sent what is no message.
         """
         text_size, size = _SIZES.unpack(self._read(_SIZES.size))
-        if max(text_size, size) > self._most:
+        if max(text_size, size) > _MOST:
             raise OSError("sent what is no message")
         text, data = self._read(text_size), self._read(size)
         try:
             head = json.loads(text)
             return head, list(_arrays(head["arrays"], data))
-        except Exception as error:  # of a stranger's bytes, whatever the parsers make of them
+        except Exception as error:  # of any bytes, whatever the parsers make of them
             raise OSError(f"sent what is no message ({type(error).__name__})") from None
 
     def close(self) -> None:
@@ -123,18 +125,18 @@ class Leader:
     """Process 0's side: calls go out to all followers."""
 
     def __init__(
-        self, config: ServerConfig, on_stop: Callable[[], Any], on_loss: Callable[[str], Any]
+        self, config: ServerConfig, on_word: Callable[[str], Any], on_loss: Callable[[str], Any]
     ):
         """Forms the group; waits until all processes are there.
 
         Args:
-          on_stop: called when a follower was asked to stop, from another thread.
+          on_word: called when a follower was asked to "stop" or "hurry", from another thread.
           on_loss: called with one line when a follower is gone, from another thread.
 
         Raises:
           OSError: the processes did not find each other.
         """
-        self._on_stop, self._on_loss = on_stop, on_loss
+        self._on_word, self._on_loss = on_word, on_loss
         self._ending = False
         self._gone = threading.Event()
         join(config)
@@ -172,6 +174,7 @@ class Leader:
         """Ends the followers; returns when they are gone, or do not seem to go."""
         self._ending = True
         for follower in self._followers.values():
+            follower.limit(_LEAVE_SECONDS)
             with contextlib.suppress(OSError):
                 follower.send("end")
         for thread in self._threads:
@@ -180,8 +183,8 @@ class Leader:
     def _listen(self, rank: int, follower: Connection) -> None:
         try:
             while True:
-                follower.receive()  # the one thing that a follower has to say
-                self._on_stop()
+                head, _ = follower.receive()
+                self._on_word(head["name"])
         except OSError as error:
             self._lose(rank, error)
 
@@ -202,9 +205,9 @@ def follow(config: ServerConfig) -> Connection:
     join(config)
     word = _broadcast(bytes(2 + _TOKEN_BYTES))
     port, token = int.from_bytes(word[:2], "big"), word[2:]
-    leader = Connection(socket.create_connection((config.master_addr, port), _MEET_SECONDS))
-    leader.settle()
-    leader.send("hello", token=token.hex(), rank=config.node_rank)
+    sock = socket.create_connection((config.master_addr, port), _MEET_SECONDS)
+    sock.sendall(_HELLO.pack(token, config.node_rank))
+    leader = Connection(sock)
     head, _ = leader.receive()
     own, its = config.shared, head["flags"]
     for name in own:
@@ -251,24 +254,37 @@ def _broadcast(word: bytes) -> bytes:
 def _accept(listener: socket.socket, token: bytes, count: int) -> dict[int, Connection]:
     """The connections of all followers, by rank; who does not know the token is turned away."""
     followers: dict[int, Connection] = {}
-    listener.settimeout(_MEET_SECONDS)
-    while len(followers) < count:
+    missing = set(range(1, count + 1))
+    end = time.monotonic() + _MEET_SECONDS
+    while missing:
+        listener.settimeout(max(0.001, end - time.monotonic()))
         try:
-            connection = Connection(listener.accept()[0])
+            sock, _ = listener.accept()
         except TimeoutError:
             where = listener.getsockname()
             raise OSError(
                 f"{len(followers)} of {count} processes have connected to {where[0]} port "
-                f"{where[1]}, and no more within {_MEET_SECONDS} seconds"
+                f"{where[1]} in {_MEET_SECONDS} seconds"
             ) from None
-        try:
-            head, _ = connection.receive()
-            known = secrets.compare_digest(str(head.get("token")).encode(), token.hex().encode())
-        except OSError:
-            known = False
-        if known:
-            connection.settle()
-            followers[int(head["rank"])] = connection
+        rank = _rank_of(sock, token)
+        if rank in missing:
+            missing.remove(rank)
+            followers[rank] = Connection(sock)
         else:
-            connection.close()
+            sock.close()
     return followers
+
+
+def _rank_of(sock: socket.socket, token: bytes) -> int | None:
+    """The rank that somebody says who has connected; None if it does not know the token."""
+    end = time.monotonic() + _HELLO_SECONDS
+    word = b""
+    with contextlib.suppress(OSError):
+        while len(word) < _HELLO.size:
+            sock.settimeout(max(0.001, end - time.monotonic()))
+            if not (part := sock.recv(_HELLO.size - len(word))):
+                return None
+            word += part
+        given, rank = _HELLO.unpack(word)
+        return rank if secrets.compare_digest(given, token) else None
+    return None

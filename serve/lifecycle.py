@@ -30,6 +30,10 @@ FLUSH_SECONDS = 5
 """What clients get at the end to read answers that are finished."""
 
 
+STUCK_SECONDS = 30
+"""What an engine gets to end its last call, before a device or a process counts as frozen."""
+
+
 class _Uvicorn(uvicorn.Server):
     """uvicorn, with the signals left to us."""
 
@@ -54,7 +58,7 @@ class Ending:
         if config.nnodes > 1:
             self.leader = Leader(
                 config,
-                on_stop=lambda: self._loop.call_soon_threadsafe(self.stop.set),
+                on_word=lambda word: self._loop.call_soon_threadsafe(self._hear, word),
                 on_loss=lambda reason: self._loop.call_soon_threadsafe(self._lose, reason),
             )
         return self.leader
@@ -76,6 +80,9 @@ class Ending:
 
     def _receive(self) -> None:
         (self.hurry if self.stop.is_set() else self.stop).set()
+
+    def _hear(self, word: str) -> None:
+        (self.hurry if word == "hurry" else self.stop).set()
 
     def _lose(self, reason: str) -> None:
         if not self._loss.done():
@@ -152,11 +159,17 @@ async def _start(config: ServerConfig, api: Api, ending: Ending, load: Load) -> 
 async def _drain(api: Api, seconds: float, ending: Ending) -> None:
     assert api.service is not None
     log.event("draining", seconds=seconds)
-    task = asyncio.create_task(api.service.drain(seconds))
-    if not await ending.first(task, ending.hurry):
+    try:
+        async with asyncio.timeout(seconds + STUCK_SECONDS):
+            task = asyncio.create_task(api.service.drain(seconds))
+            if await ending.first(task, ending.hurry):
+                return
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
-        await ending.first(asyncio.create_task(api.service.drain(0)), asyncio.Event())
+        async with asyncio.timeout(STUCK_SECONDS):
+            await ending.first(asyncio.create_task(api.service.drain(0)), asyncio.Event())
+    except TimeoutError:
+        raise Lost(f"an engine has not answered for {STUCK_SECONDS} seconds") from None
 
 
 async def _load_lines(api: Api, seconds: float) -> None:

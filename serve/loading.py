@@ -5,6 +5,7 @@ from the least memory that any of them has.
 """
 
 import dataclasses
+import hashlib
 import tempfile
 from pathlib import Path
 
@@ -15,10 +16,11 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from jax_eagle import hub, load_draft, load_target
+from jax_eagle.checkpoint.files import fingerprint
 from jax_eagle.compilation_cache import enable_compilation_cache
-from jax_eagle.config import Quantization
 from jax_eagle.draft import Draft
 from jax_eagle.llama import Target
+from jax_eagle.quantization import Quantization
 from jax_eagle.sharding import make_mesh
 from jax_eagle.tokenizer import Tokenizer
 from jax_eagle.tree import AUTO_TREES, parse_tree
@@ -121,9 +123,12 @@ def meshes(config: ServerConfig) -> list[Mesh | None]:
 
 
 def _models(config: ServerConfig, mesh: Mesh | None) -> tuple[Target, Draft | None]:
-    """The target and its draft, on the devices of a mesh; nothing is read before both are found."""
+    """The target and its draft, on the devices of a mesh; nothing is read before both are found.
+
+    Several processes see to it that they have the same ones.
+    """
     wanted, name, quantization = config.speculative_config, None, None
-    hub.resolve(config.model)
+    paths = [hub.resolve(config.model)]
     if wanted is not None:
         name = hub.DRAFTS.get(config.model) if wanted.model == "auto" else wanted.model
         quantization = wanted.quantization and Quantization.parse(wanted.quantization)
@@ -132,7 +137,9 @@ def _models(config: ServerConfig, mesh: Mesh | None) -> tuple[Target, Draft | No
                 f"no draft is known for {config.model}: give --speculative-config "
                 '\'{"model": "DRAFT"}\', or --speculative-config none'
             )
-        hub.resolve(name)
+        paths.append(hub.resolve(name))
+    if config.nnodes > 1:
+        _check_same(paths)
     target = load_target(
         config.model,
         dtype=None if config.dtype == "auto" else config.dtype,
@@ -145,6 +152,20 @@ def _models(config: ServerConfig, mesh: Mesh | None) -> tuple[Target, Draft | No
     if name is None:
         return target, None
     return target, load_draft(name, target, quantization=quantization).pack()
+
+
+def _check_same(paths: list[Path]) -> None:
+    """Raises ValueError unless all processes have these models, and one version of JAX."""
+    content = hashlib.sha256(jax.__version__.encode())
+    for path in paths:
+        content.update(fingerprint(path))
+    own = np.frombuffer(content.digest(), np.uint8)
+    others = multihost_utils.process_allgather(own.astype(np.int32))
+    if different := [i for i, other in enumerate(others) if not np.array_equal(other, others[0])]:
+        raise ValueError(
+            f"process {different[0]} has other files in {' or '.join(map(str, paths))} than "
+            "process 0, or another version of jax: give all hosts the same ones"
+        )
 
 
 def engine_config(config: ServerConfig, target: Target, draft: Draft | None) -> EngineConfig:

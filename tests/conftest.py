@@ -42,6 +42,24 @@ _MAX_MAPPINGS = 30_000
 """Of memory, in a process; the kernel allows 65,530, and XLA dies without a word beyond them."""
 
 
+_LONGEST = (
+    "lossless", "trainer", "distributed", "smollm2", "server_clients", "mesh", "controls",
+    "sharded_sampling", "hostile", "serve_text",
+)  # fmt: skip
+"""Files that go first: one of them begun last would leave the other test processes idle."""
+
+
+def pytest_configure(config):
+    """Files are handed out as they are ordered below, not those with most tests first."""
+    config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first, all else as it was."""
+    rank = {f"test_{name}": place for place, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+
+
 @pytest.fixture(autouse=True, scope="module")
 def few_programs():
     """Drops compiled programs, each of them a few mappings, when there are too many."""
@@ -49,6 +67,20 @@ def few_programs():
     mappings = Path("/proc/self/maps")
     if mappings.exists() and mappings.read_bytes().count(b"\n") > _MAX_MAPPINGS:
         jax.clear_caches()
+
+
+@pytest.fixture(scope="module")
+def quick_compiler():
+    """For modules whose programs run a few times only: to optimise them would take longer.
+
+    The same holds for those of the processes that a module starts. But the bits of the two may
+    differ: programs that this process has compiled for modules before stay as they are.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        jax.config.update("jax_disable_most_optimizations", True)
+        yield
+        jax.config.update("jax_disable_most_optimizations", False)
 
 
 # ---- tiny models -------------------------------------------------------------------------------

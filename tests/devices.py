@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 
-def on_eight_devices(file: str) -> Any:
+def on_eight_devices(file: str, *arguments: str) -> Any:
     """What a test file prints as JSON when it is run as a program with eight devices."""
     root = Path(__file__).parents[1]
     # Programs run once or twice here: to optimise them takes longer than to run them.
     flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
     many = {"XLA_FLAGS": flags, "PYTHONPATH": str(root)}
     done = subprocess.run(
-        [sys.executable, file], env=os.environ | many, capture_output=True, text=True, cwd=root
+        [sys.executable, file, *arguments], env=os.environ | many, cwd=root,
+        capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

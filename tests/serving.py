@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import socket
 import threading
@@ -63,8 +64,6 @@ def byte_tokenizer(
     return Tokenizer(_fast_tokenizer()(tokenizer_object=backend, chat_template=template))
 
 
-QUICK_COMPILER = "--xla_backend_optimization_level=0"
-"""A flag of XLA: programs compile in half the time; what they compute is as good."""
 TINY = LlamaConfig(
     vocab_size=258, hidden_size=32, intermediate_size=64, num_layers=2, num_heads=4,
     num_kv_heads=2, head_dim=8, max_position=256, stop_token_ids=(257,),
@@ -261,15 +260,27 @@ SAMPLING = [
 NEW_TOKENS = 14
 
 
-def assert_serves_text_of_one_device(url: str, folder: Path, **options) -> None:
-    """Requests all at once, greedy and sampled: *equal text* with `generate` on one device.
+def asked() -> tuple[list[list[int]], list[SamplingParams]]:
+    """Each prompt, greedy and sampled."""
+    prompts, sampling = zip(*itertools.product(PROMPTS, SAMPLING), strict=True)
+    return list(prompts), list(sampling)
+
+
+@functools.cache
+def text_of_one_device(folder: Path, **options) -> tuple[Target, list[list[int]]]:
+    """The target in a folder of `save_tiny_model`, and its answers to what is `asked`.
 
     A draft does not matter to the text, so there is none here. `options` are those of loading.
     """
-    asked = [(prompt, sampling) for prompt in PROMPTS for sampling in SAMPLING]
-    prompts, sampling = map(list, zip(*asked, strict=True))
-    target = load_target(folder / "target", **options)
-    expected = generate(target, None, prompts, max_new_tokens=NEW_TOKENS, sampling=sampling).tokens
+    target, (prompts, sampling) = load_target(folder / "target", **options), asked()
+    result = generate(target, None, prompts, max_new_tokens=NEW_TOKENS, sampling=sampling)
+    return target, result.tokens
+
+
+def assert_serves_text_of_one_device(url: str, folder: Path, **options) -> None:
+    """Requests all at once: *equal text* with `generate` on one device."""
+    target, expected = text_of_one_device(folder, **options)
+    prompts, sampling = asked()
 
     def ask(client: httpx2.Client, prompt: list[int], own: SamplingParams) -> list[int]:
         body = {

@@ -24,6 +24,8 @@ from jax_eagle.unroll import Text, unroll
 
 from .conftest import random_params
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
 NEW_TOKENS, DEPTH = 9, 3
 WIDE = "paths:[[0],[1],[2],[0,0],[0,1],[0,2],[0,0,0],[0,0,1],[0,0,2]]"
 """A chain whose every node has two siblings."""
@@ -102,7 +104,9 @@ def test_a_perfect_draft_fills_every_uncut_round(target, make_oracle, prompts):
     assert nothing.acceptance_length() == (1, 1, 1) and nothing.depths.joint(1).value == 0
 
 
-@pytest.mark.parametrize("kind", ["eagle", "cut vocabulary", "eagle3"])
+@pytest.mark.parametrize(
+    "kind", ["eagle", pytest.param("cut vocabulary", marks=pytest.mark.slow), "eagle3"]
+)
 def test_forced_chains_are_first_rounds_from_every_token(target, draft_of, prompts, answers, kind):
     """Each token of an answer in turn is made the root, by a prompt that ends just before it."""
     draft = draft_of(kind)

@@ -169,7 +169,9 @@ def test_the_round_of_an_8b_target(devices, tree, batch, temp_mib, capsys):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_rounds_of_large_targets(name):
-    row = compile_deployment(name, batch=8)
+    # Neither 7 nor the 28 nodes of their trees are dimensions of a model: no weights are mistaken
+    # for activations.
+    row = compile_deployment(name, batch=7)
     assert row["gigabytes"] < MEMORY / 1e9
     assert row["collectives"]["all-reduce"] == row["all_reduces_expected"]
     assert row["vocabulary_gathers"] == 0 and row["widened_weights"] == []

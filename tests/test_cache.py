@@ -16,6 +16,8 @@ from jax_eagle.generate import decode
 from jax_eagle.prefill import start
 from jax_eagle.tree import chain_tree
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
 L, B, K, H, C, R, M, A = 2, 3, 2, 4, 4, 3, 5, 3
 PAGES = 1 + B * R
 
@@ -116,8 +118,9 @@ def run_rounds(target, draft, plan, state, *, poison: bool):
 @pytest.mark.usefixtures("small_pages")
 @pytest.mark.parametrize(
     "tree, drafting, sync",
-    [(TREES[0], "greedy", "all"), (TREES[1], "greedy", "last"), (TREES[2], "greedy", "all"),
-     ("dynamic:depth=3,width=2,nodes=11", "sampled", "last")],
+    [(TREES[0], "greedy", "all"), (TREES[1], "sampled", "last"), (TREES[2], "greedy", "all"),
+     pytest.param(TREES[1], "greedy", "last", marks=pytest.mark.slow),
+     pytest.param("dynamic:depth=3,width=2,nodes=11", "sampled", "last", marks=pytest.mark.slow)],
 )  # fmt: skip
 @given(seed=st.integers(0, 2**16), temperature=st.sampled_from([0.0, 1.0]))
 @examples
@@ -139,7 +142,9 @@ def test_poison_in_unread_slots_changes_nothing(
 
 
 @pytest.mark.usefixtures("small_pages")
-@pytest.mark.parametrize("tree", TREES)
+@pytest.mark.parametrize(
+    "tree", [TREES[0], pytest.param(TREES[1], marks=pytest.mark.slow), TREES[2]]
+)
 @given(seed=st.integers(0, 2**16))
 @examples
 def test_pages_after_rounds_are_those_of_plain_decoding(

@@ -13,6 +13,7 @@ import safetensors.numpy
 
 from jax_eagle import Draft, Target, load_draft, load_target
 from jax_eagle.checkpoint import eagle, hf, orbax
+from jax_eagle.checkpoint.files import fingerprint
 from jax_eagle.checkpoint.mapping import draft_entries, target_entries, to_tensors
 from jax_eagle.config import DraftConfig, LlamaConfig, RopeScaling
 
@@ -376,3 +377,26 @@ def test_options_that_are_not_supported(tmp_path):
         load_draft(tmp_path / "config.json", make_target())
     with one_line("config.json: truncated, or not a GGUF file"):
         load_target(tmp_path / "config.json")
+
+
+def test_fingerprints_tell_checkpoints_apart(tmp_path):
+    def write(name: str, **files: bytes) -> Path:
+        for file, content in files.items():
+            path = tmp_path / name / "inner" / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+        return tmp_path / name
+
+    long = bytes(200_000)
+    one = fingerprint(write("one", a=long, b=b"b"))
+    assert one == fingerprint(write("same", b=b"b", a=long))
+    others = [
+        write("renamed", a=long, c=b"b"),
+        write("shorter", a=long[1:], b=b"b"),
+        write("begins otherwise", a=b"1" + long[1:], b=b"b"),
+        write("ends otherwise", a=long[1:] + b"1", b=b"b"),
+        write("one file", a=long),
+    ]
+    assert len({one, *map(fingerprint, others)}) == 1 + len(others)
+    file = tmp_path / "one" / "inner" / "a"
+    assert fingerprint(file) == fingerprint(tmp_path / "same" / "inner" / "a")

@@ -24,6 +24,8 @@ from jax_eagle.generate import RoundEvent
 from jax_eagle.tokenizer import TextPieces
 from tests import serving
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
 CONFIG = LlamaConfig(
     vocab_size=260, hidden_size=16, intermediate_size=32, num_layers=1, num_heads=2,
     num_kv_heads=1, head_dim=8, max_position=256,
@@ -322,12 +324,9 @@ def test_damaged_checkpoints_give_one_line(run, tmp_path, case):
 
 
 PROGRAMS = {
+    "run": (["train.export", "none", "--out", "x"], "none: not the folder of a run"),
     "config": (["train.train", "--config", "none.yaml"], "none.yaml"),
     "option": (["train.train", "--depth", "3"], "No such option: --depth"),
-    "run": (
-        ["train.export", "none", "--out", "x"],
-        "none: not the folder of a run",
-    ),
     "model": (
         ["train.prompts", "--out", "p", "--count", "1", "--model", "none"],
         "none: no such file or folder",
@@ -336,11 +335,37 @@ PROGRAMS = {
 }
 
 
-@pytest.mark.parametrize("arguments, message", PROGRAMS.values(), ids=PROGRAMS)
-def test_bad_input_of_other_programs_gives_one_line(arguments, message):
-    done = process(sys.executable, "-m", *arguments, cwd=ROOT)
-    assert done.returncode == 2 and done.stdout == ""
-    assert_one_line(done.stderr, message, arguments[0])
+ONE_BY_ONE = """
+import contextlib, io, json, runpy, sys
+
+ends = []
+for sys.argv[1:] in json.loads(sys.argv[1]):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
+        except SystemExit as end:
+            ends.append([end.code, out.getvalue(), err.getvalue()])
+print(json.dumps(ends))
+"""
+"""As `python -m` would, but what the programs have in common is imported once: none of them imports
+one that comes later, which would then be there already."""
+
+
+@pytest.fixture(scope="module")
+def ends():
+    """Exit code, stdout and stderr of each of PROGRAMS."""
+    arguments = json.dumps([arguments for arguments, _ in PROGRAMS.values()])
+    done = process(sys.executable, "-c", ONE_BY_ONE, arguments, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return dict(zip(PROGRAMS, json.loads(done.stdout), strict=True))
+
+
+@pytest.mark.parametrize("case", PROGRAMS)
+def test_bad_input_of_other_programs_gives_one_line(ends, case):
+    ((program, *_), message), (code, out, err) = PROGRAMS[case], ends[case]
+    assert (code, out) == (2, "")
+    assert_one_line(err, message, program)
 
 
 def test_unexpected_errors_show_their_trace_only_on_request(run, monkeypatch):

@@ -5,18 +5,21 @@ float64, token by token as a plain decoder would apply the controls; the engine 
 bushy trees and plain decoding mixed in one batch.
 """
 
+import functools
 import itertools
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from jax_eagle import SamplingParams, generate
+from jax_eagle import GenerateResult, SamplingParams, generate
 from serve.dispatch import PLAIN
 from tests.engines import BUSHY, CONTEXT, PAGE, VOCAB, Run, make_engine, request, run
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
 PROMPT = [1, 4, 0, 2, 5, 3, 3, 1, 0]
-DEPTH, SAMPLES = 3, 600
+DEPTH, SAMPLES, MIXED = 3, 600, 200
 STOP = (2,)
 CONTROLS = {
     "plain": {},
@@ -38,6 +41,9 @@ CONTROLS = {
         "bad_words": ((4, 4),), "min_tokens": 1,
     },
 }  # fmt: skip
+SLOW = ("temperature", "top_p", "min_p", "presence", "frequency")
+"""Their law is sampled with `pytest -m slow`: "all" and "negative" have them too."""
+QUICK = tuple(name for name in CONTROLS if name not in SLOW)
 TREES = [BUSHY, "chain:2", PLAIN, None]
 
 
@@ -49,6 +55,13 @@ def models(make_target, make_draft):
 @pytest.fixture(scope="module")
 def engine(models):
     return make_engine(*models)
+
+
+def controls(*left_out: str):
+    """Parametrises over the controls but those left out."""
+    names = [name for name in CONTROLS if name not in left_out]
+    marks = {name: pytest.mark.slow if name in SLOW else () for name in names}
+    return pytest.mark.parametrize("name", [pytest.param(n, marks=marks[n]) for n in names])
 
 
 def params(name: str, seed: int = 0) -> SamplingParams:
@@ -102,18 +115,27 @@ def exact_laws(models, processed_law):
 
 @pytest.fixture(scope="module")
 def samples(engine):
-    """Texts of every control, each with a seed of its own, all mixed in one engine."""
+    """samples(name) -> texts of a control, each with a seed of its own.
+
+    Controls are mixed in one engine, and at first trees as well; later they take turns.
+    """
+    texts = functools.cache(functools.partial(sampled_texts, engine))
+    return lambda name: texts(QUICK if name in QUICK else SLOW)[name]
+
+
+def sampled_texts(engine, names: tuple[str, ...]) -> dict[str, list]:
     it, asked = Run(engine), []
-    for seed, name in itertools.product(range(SAMPLES), CONTROLS):
-        own = params(name, seed=1009 * seed + len(asked) % 7)
+    for seed, name in itertools.product(range(SAMPLES), names):
+        own = params(name, seed=1009 * seed + [*CONTROLS].index(name) % 7)
+        turn = seed if seed < MIXED else (seed - MIXED) * len(TREES) // (SAMPLES - MIXED)
         each = request(
-            PROMPT, DEPTH, sampling=own, stop_token_ids=STOP, tree=TREES[seed % len(TREES)]
+            PROMPT, DEPTH, sampling=own, stop_token_ids=STOP, tree=TREES[turn % len(TREES)]
         )
         asked.append((name, each))
     for begin in range(0, len(asked), 512):  # a queue that is not too long to be sorted each step
         it.add(*(each for _, each in asked[begin : begin + 512]))
         it.finish()
-    texts = {name: [] for name in CONTROLS}
+    texts = {name: [] for name in names}
     for name, each in asked:
         texts[name].append((each.tree, tuple(it.tokens(each))))
     return texts
@@ -127,9 +149,9 @@ def pvalue(counts: np.ndarray, expected: np.ndarray) -> float:
     return float(stats.chisquare(cells[0], cells[1] * counts.sum() / cells[1].sum()).pvalue)
 
 
-@pytest.mark.parametrize("name", CONTROLS)
+@controls()
 def test_law_through_the_engine(exact_laws, samples, name):
-    law, texts = exact_laws[name], [text for _, text in samples[name]]
+    law, texts = exact_laws[name], [text for _, text in samples(name)]
     counts = {outcome: texts.count(outcome) for outcome in law}
     assert sum(counts.values()) == len(texts) == SAMPLES, "an outcome that cannot be"
     impossible = [text for text in texts if law[text] == 0]
@@ -140,45 +162,48 @@ def test_law_through_the_engine(exact_laws, samples, name):
     assert p > 1e-4
 
 
-@pytest.mark.parametrize("name", [n for n in CONTROLS if n != "plain"])
+@controls("plain")
 def test_each_control_changes_the_law(exact_laws, samples, name):
     """The texts of one control do not fit the law without it: the test above tells them apart."""
-    law, texts = exact_laws["plain"], [text for _, text in samples[name]]
+    law, texts = exact_laws["plain"], [text for _, text in samples(name)]
     observed = np.array([texts.count(outcome) for outcome in law])
     expected = SAMPLES * np.array(list(law.values()))
     assert observed.sum() < SAMPLES or pvalue(observed, expected) < 1e-4
 
 
-@pytest.mark.parametrize("name", CONTROLS)
-def test_a_seed_gives_the_same_text_with_any_tree_and_in_generate(models, engine, name):
-    """Twelve tokens, so that penalties add up and words lie across rounds and pages."""
-    seeds = range(6)
+def generated(target, draft, seed: int) -> GenerateResult:
+    """Twelve tokens under each control, so that penalties add up and words lie across pages."""
+    own = [params(name, seed) for name in CONTROLS]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("jax_eagle.prefill.PAGE_SIZE", PAGE)
-        own = [params(name, seed) for seed in seeds]
-        plain = generate(
-            models[0], None, [PROMPT] * 6, max_new_tokens=12, sampling=own, stop_token_ids=STOP
-        )
+        return generate(
+            target, draft, [PROMPT] * len(own), max_new_tokens=12, sampling=own,
+            stop_token_ids=STOP, tree="static:3",
+        )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def plain(models):
+    """Texts of plain decoding by control, for each of six seeds."""
+    return [
+        dict(zip(CONTROLS, generated(models[0], None, s).tokens, strict=True)) for s in range(6)
+    ]
+
+
+@pytest.mark.parametrize("name", CONTROLS)
+def test_a_seed_gives_the_same_text_with_any_tree_and_in_generate(engine, plain, name):
     for tree in TREES:
         asked = [
-            request(PROMPT, 12, sampling=own[s], stop_token_ids=STOP, tree=tree) for s in seeds
+            request(PROMPT, 12, sampling=params(name, seed), stop_token_ids=STOP, tree=tree)
+            for seed in range(len(plain))
         ]
         it = run(engine, *asked)
-        assert [it.tokens(each) for each in asked] == plain.tokens
+        assert [it.tokens(each) for each in asked] == [texts[name] for texts in plain]
 
 
-def test_controls_in_generate_give_the_text_of_plain_decoding(models):
-    own = [params(name, seed=11) for name in CONTROLS]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("jax_eagle.prefill.PAGE_SIZE", PAGE)
-        plain, drafted = (
-            generate(
-                models[0], draft, [PROMPT] * len(own), max_new_tokens=12, sampling=own,
-                stop_token_ids=STOP, tree="static:3",
-            )
-            for draft in (None, models[1])
-        )  # fmt: skip
-    assert drafted.tokens == plain.tokens and drafted.acceptance_length > 1
+def test_controls_in_generate_give_the_text_of_plain_decoding(models, plain):
+    drafted = generated(*models, seed=0)
+    assert drafted.tokens == [*plain[0].values()] and drafted.acceptance_length > 1
 
 
 def test_tokens_that_do_not_exist_are_refused(models):

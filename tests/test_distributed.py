@@ -26,18 +26,18 @@ from jax_eagle.sharding import make_mesh
 from serve.group import Connection, _accept
 from tests.serving import (
     NEW_TOKENS,
-    PROMPTS,
-    QUICK_COMPILER,
     ROOT,
-    SAMPLING,
     TINY,
+    asked,
     assert_serves_text_of_one_device,
     save_tiny_model,
+    text_of_one_device,
     tiny_flags,
 )
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
 TREE = "chain:2"
-OPTIONS = {"max_new_tokens": NEW_TOKENS, "sampling": SAMPLING, "tree": TREE}
 FLAGS = ("--max-num-batched-tokens", "64", "--max-model-len", "128", "-tp", "2", "-n", "2")
 
 
@@ -46,13 +46,6 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
     save_tiny_model(folder, config=dataclasses.replace(TINY, num_layers=1), favourites=3)
     return folder
-
-
-@pytest.fixture(autouse=True)
-def quick_compiler(monkeypatch):
-    """For the processes that a test starts; here JAX has read the variable before."""
-    assert jax.devices()
-    monkeypatch.setenv("XLA_FLAGS", QUICK_COMPILER)
 
 
 def free_port() -> int:
@@ -70,7 +63,10 @@ def main(folder: str, port: str, axis: str, rank: str) -> None:
     mesh = make_mesh(2) if axis == "tensor" else make_mesh(1, data=2)
     target = load_target(f"{folder}/target", mesh=mesh)
     draft = load_draft(f"{folder}/draft", target)
-    result = generate(target, draft, PROMPTS[:3], **OPTIONS)
+    prompts, sampling = asked()
+    result = generate(
+        target, draft, prompts, max_new_tokens=NEW_TOKENS, sampling=sampling, tree=TREE
+    )
     print(json.dumps({"tokens": result.tokens, "rounds": result.rounds}))
 
 
@@ -89,9 +85,9 @@ def test_generate_gives_the_text_of_one_process(folder, axis):
     assert [process.returncode for process in processes] == [0, 0], said
     results = [json.loads(out.splitlines()[-1]) for out, _ in said]
     assert results[0] == results[1]
-    target = load_target(folder / "target")
-    expected = generate(target, None, PROMPTS[:3], **OPTIONS | {"tree": "auto"}).tokens
-    comparison = compare(target, PROMPTS[:3], expected, results[0]["tokens"], sampling=SAMPLING)
+    target, expected = text_of_one_device(folder)
+    prompts, sampling = asked()
+    comparison = compare(target, prompts, expected, results[0]["tokens"], sampling=sampling)
     assert comparison.equal, comparison
     assert any(len(t) - 1 > r for t, r in zip(expected, results[0]["rounds"], strict=True))
 
@@ -130,20 +126,23 @@ def error_lines(text: str) -> list[str]:
     return [line for line in lines if " ERROR " in line or "serve.server: error" in line]
 
 
-def test_the_server_gives_the_text_of_one_process_and_drains(folder):
+@pytest.mark.slow
+def test_a_follower_that_is_asked_to_end_drains_both(folder):
     with Group(folder) as group:
         group.leader.wait_until_ready()
         assert_serves_text_of_one_device(group.leader.url, folder)
-        group.follower.send_signal(signal.SIGTERM)  # to either of them: both drain
+        group.follower.send_signal(signal.SIGTERM)
         code, follower_code, text = group.ends()
         assert (code, follower_code) == (0, 0), text
         assert "draining" in group.leader.text() and "stopped" in text.splitlines()[-1]
         assert not error_lines(group.leader.text() + text)
 
 
-def test_a_follower_that_dies_in_traffic_ends_the_leader(folder):
+def test_the_text_of_one_process_until_a_follower_dies_in_traffic(folder):
+    """And with it the leader, which tells its clients."""
     with Group(folder) as group:
         group.leader.wait_until_ready()
+        assert_serves_text_of_one_device(group.leader.url, folder)
         body = {"prompt": [1], "max_tokens": 120, "ignore_eos": True, "stream": True}
         with httpx2.stream("POST", group.leader.url + "/v1/completions", json=body) as answer:
             lines = answer.iter_lines()
@@ -225,7 +224,6 @@ JUNK = {
 @pytest.mark.parametrize("junk", JUNK.values(), ids=JUNK)
 def test_what_is_no_message_is_refused(junk):
     one, other, sock = pair()
-    one.settle()
     sock.sendall(junk)
     with pytest.raises(OSError, match="no message"):
         one.receive()
@@ -235,25 +233,45 @@ def test_what_is_no_message_is_refused(junk):
 
 def test_only_who_knows_the_token_is_let_in():
     token, followers = secrets.token_bytes(16), {}
+    hellos = [
+        b"GET / HTTP/1.1\r\n\r\n",
+        secrets.token_bytes(16) + b"\0\0\0\1",
+        token + b"\0\0\0\0",  # the leader's own rank
+        token + b"\0\0\0\2",  # of one follower there is no second
+    ]
     with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = listener.getsockname()
         thread = threading.Thread(target=lambda: followers.update(_accept(listener, token, 1)))
         thread.start()
-        strangers = [Connection(socket.create_connection(listener.getsockname())) for _ in "abc"]
-        strangers[0].send("hello", token="é", rank=1)
-        strangers[1].send("hello", rank=1)
-        with contextlib.suppress(OSError):  # far too long: nobody reads it all
-            strangers[2].send("hello", [np.zeros(10**6)], token=token.hex(), rank=1)
-        for stranger in strangers:
-            with pytest.raises(OSError):
-                stranger.receive()
+        socket.create_connection(address).close()  # says nothing
+        for hello in hellos:
+            stranger = socket.create_connection(address)
+            stranger.sendall(hello)
+            with contextlib.suppress(ConnectionResetError):
+                assert stranger.recv(1) == b""  # turned away
             stranger.close()
         assert not followers
-        friend = Connection(socket.create_connection(listener.getsockname()))
-        friend.send("hello", token=token.hex(), rank=1)
+        friend = socket.create_connection(address)
+        friend.sendall(token + b"\0\0\0\1")
         thread.join(30)
     assert list(followers) == [1]
     friend.close()
     followers[1].close()
+
+
+@pytest.mark.slow
+def test_a_follower_that_is_frozen_does_not_hold_the_leader_for_ever(folder):
+    with Group(folder) as group:
+        group.leader.wait_until_ready()
+        body = {"prompt": [1], "max_tokens": 120, "ignore_eos": True, "stream": True}
+        with httpx2.stream("POST", group.leader.url + "/v1/completions", json=body) as answer:
+            next(answer.iter_lines())
+            group.follower.send_signal(signal.SIGSTOP)
+            group.leader.process.send_signal(signal.SIGTERM)
+            group.leader.wait_for("draining")
+            group.leader.process.send_signal(signal.SIGTERM)  # no time for the running requests
+            assert group.leader.process.wait(60) == 1
+        assert "an engine has not answered for" in error_lines(group.leader.text())[0]
 
 
 if __name__ == "__main__":

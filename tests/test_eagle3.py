@@ -21,6 +21,8 @@ from jax_eagle.tree import chain_tree
 from jax_eagle.unroll import Text, unroll
 from tests.conftest import TOY, random_params
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
 DEEP = dataclasses.replace(TOY, num_layers=4)
 TAPS = 1, 2, 3
 T, PASSES = 12, 4
@@ -87,12 +89,11 @@ def check_unrolled(target, draft: Draft, *, seed: int, anchor: int) -> None:
     tokens = jnp.asarray(rng.integers(0, 6, (1, first + T)), jnp.int32)
     position = jnp.concatenate([jnp.arange(first), jnp.arange(T)])[None].astype(jnp.int32)
     segment = jnp.asarray([[1] * first + [2] * T], jnp.int32)
-    alone = tokens[:, first:]
-    features = target(alone, chain_tree(1, T), None, draft.config.taps).features
-    noise = jnp.asarray(rng.standard_normal((1, first, features.shape[2])), features.dtype)
-    both = jnp.concatenate([noise, features], axis=1)
-    passes = _unroll(draft, target, Text(tokens, segment, position), both)
-    for j, expected in enumerate(_chain(draft, target, alone, features, anchor)):
+    width = draft.config.feature_width
+    noise = jnp.asarray(rng.standard_normal((1, first, width)), jnp.float32)
+    text = Text(tokens, segment, position)
+    passes, chain = _both_ways(draft, target, text, noise, jnp.int32(anchor))
+    for j, expected in enumerate(chain):
         row = first + anchor + j
         assert passes[j].valid[0, row]
         np.testing.assert_allclose(passes[j].state[0, row], expected, rtol=2e-4, atol=2e-5)
@@ -100,25 +101,30 @@ def check_unrolled(target, draft: Draft, *, seed: int, anchor: int) -> None:
 
 
 @jax.jit
-def _unroll(draft, target, text, features):
-    return unroll(draft, target, text, features, PASSES)
+def _both_ways(draft: Draft, target, text: Text, noise_1TF, anchor):
+    """All passes along the row, and the states of a chain in the segment behind the `noise`."""
+    alone = text.tokens[:, noise_1TF.shape[1] :]
+    features = target(alone, chain_tree(1, T), None, draft.config.taps).features
+    both = jnp.concatenate([noise_1TF, features], axis=1)
+    passes = unroll(draft, target, text, both, PASSES)
+    return passes, [*_chain(draft, target, alone, features, anchor)]
 
 
-def _chain(draft: Draft, target, tokens_1T, features_1TF, anchor: int):
+def _chain(draft: Draft, target, tokens_1T, features_1TF, anchor):
     """States of a chain of drafted tokens, with a paged cache: as `Draft.expand` goes about it."""
     before = jnp.pad(features_1TF[:, :-1], ((0, 0), (1, 0), (0, 0)))
     table = jnp.asarray([[1, 2]], jnp.int32)
     cache = init_cache(draft.config.layer, table, num_pages=3, page_size=8)
-    count = jnp.asarray([anchor + 1], jnp.int32)
-    known = slice(0, anchor + 1)
-    cache, out = draft.extend(target, cache, Sync(tokens_1T[:, known], before[:, known], count))
-    state, scratch = out[:, -1:], None
+    count = jnp.reshape(anchor + 1, (1,))  # the rows behind it are padding
+    cache, out = draft.extend(target, cache, Sync(tokens_1T, before, count))
+    state, scratch = jax.lax.dynamic_slice_in_dim(out, anchor, 1, axis=1), None
     yield state[0, 0]
     for j in range(1, PASSES):
-        position = jnp.asarray([[anchor + j]], jnp.int32)
+        position = jnp.reshape(anchor + j, (1, 1))
         mask = jnp.ones((1, 1, j), bool)
         view = View(position, mask, cache, jnp.ones_like(position), scratch)
-        state, kv = draft(target, tokens_1T[:, anchor + j : anchor + j + 1], state, view)
+        token = jax.lax.dynamic_slice_in_dim(tokens_1T, anchor + j, 1, axis=1)
+        state, kv = draft(target, token, state, view)
         scratch = kv if scratch is None else scratch.append(kv)
         yield state[0, 0]
 

@@ -22,6 +22,8 @@ from tests.engines import (
     run,
 )
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
 
 @pytest.fixture(scope="module")
 def models(make_target, make_draft):

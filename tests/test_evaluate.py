@@ -27,6 +27,8 @@ from train.log import METRICS, Log, read_metrics
 from train.plot import PLOT, main, plot
 from train.report import Effort, write_card
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
 CONFIG = EvaluationConfig(max_new_tokens=9, depth=3, trees=("chain:3", "paths:[[0],[1],[0,0]]"))
 
 

@@ -10,7 +10,8 @@ from flax import traverse_util
 
 from jax_eagle import load_target
 from jax_eagle.checkpoint.mapping import CheckpointError
-from jax_eagle.config import ConfigError, Quantization
+from jax_eagle.config import ConfigError
+from jax_eagle.quantization import Quantization
 
 D, N, K, H, F, E, V = 32, 4, 2, 8, 48, 2, 24
 LLAMA3 = {
@@ -135,7 +136,10 @@ def test_some_groups_in_some_layers(tmp_path):
     paths = llama3(None, "channel", whole_layers=(0, 2)).write(
         tmp_path, LLAMA3, {"quant_method": "fbgemm_fp8"}
     )
-    assert_equal(paths, Quantization(mlp="fp8", skipped_layers=(0, 2)))
+    expected = Quantization(mlp="fp8", skipped_layers=(0, 2))
+    assert_equal(paths, expected)
+    # Who asks for the groups need not know the layers.
+    assert load_target(paths[0], quantization="mlp=fp8").config.quantization == expected
 
 
 def llama4(prefix: str = "") -> Folder:
@@ -235,6 +239,15 @@ def test_other_layouts_are_refused_in_one_line(tmp_path, change, method, message
         change(folder.published)
     path, _ = folder.write(tmp_path, LLAMA3, method)
     with pytest.raises(CheckpointError, match=rf"\A[^\n]*{message}[^\n]*\Z"):
+        load_target(path)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "float8_e5m2"])
+def test_narrow_numbers_without_a_word_about_them_are_refused(tmp_path, dtype):
+    folder = llama3(None, None)
+    folder.published[Q] = folder.published[Q].astype(dtype)
+    path, _ = folder.write(tmp_path, LLAMA3, None)
+    with pytest.raises(CheckpointError, match=rf"tensor {Q} is in {dtype}, a layout that is not"):
         load_target(path)
 
 

@@ -8,8 +8,9 @@ import pytest
 
 from jax_eagle import SamplingParams, generate, generate_stream, prefill
 
-pytestmark = pytest.mark.usefixtures("small_pages")
+pytestmark = pytest.mark.usefixtures("quick_compiler", "small_pages")
 
+# Most tests have three prompts that need three pages with their answers: programs are shared.
 OPTIONS = {"max_new_tokens": 12, "stop_token_ids": []}
 TREES = ["chain:3", "paths:[[0],[1],[0,0]]"]
 
@@ -44,19 +45,22 @@ def test_the_stream_gives_the_same_tokens_round_by_round(target, draft, tree):
 
 @pytest.mark.parametrize("tree", TREES[1:])
 def test_stop_tokens_and_limits_cut_exactly(target, draft, tree):
-    free = generate(target, None, [[2, 4]], **OPTIONS).tokens[0]
-    stop = free[4]
-    cut = free.index(stop) + 1
+    prompts = [[2, 4], [4] * 9, [0]]
+    free = generate(target, None, prompts, **OPTIONS).tokens
+    stop = free[0][4]
+    cut = [row[: row.index(stop) + 1] if stop in row else row for row in free]
     options = {"tree": tree, "max_new_tokens": 12}
-    result = generate(target, draft, [[2, 4]], stop_token_ids=[stop], **options)
-    assert result.tokens == [free[:cut]] and result.finish_reasons == ["stop"]
+    result = generate(target, draft, prompts, stop_token_ids=[stop], **options)
+    assert result.tokens == cut
+    assert result.finish_reasons == ["stop" if stop in row else "length" for row in free]
     own = target.replace(config=dataclasses.replace(target.config, stop_token_ids=(stop,)))
-    assert generate(own, draft, [[2, 4]], **options).tokens == [free[:cut]]
+    assert generate(own, draft, prompts, **options).tokens == cut
     for limit in (9, 11):
         result = generate(
-            target, draft, [[2, 4]], max_new_tokens=limit, stop_token_ids=[], tree=tree
+            target, draft, prompts, max_new_tokens=limit, stop_token_ids=[], tree=tree
         )
-        assert result.tokens == [free[:limit]] and result.finish_reasons == ["length"]
+        assert result.tokens == [row[:limit] for row in free]
+        assert result.finish_reasons == ["length"] * 3
 
 
 def test_the_end_of_the_context_is_a_limit(target, draft):
@@ -81,9 +85,9 @@ def test_nan_logits_end_with_an_error(target, draft, tree):
     broken["norm"] = {"scale": broken["norm"]["scale"] * jnp.nan}
     head = None if tree is None else draft
     result = generate(
-        target.replace(params=broken), head, [[1], [2, 3]], tree=tree or "auto", **OPTIONS
+        target.replace(params=broken), head, [[1], [2, 3], [4] * 9], tree=tree or "auto", **OPTIONS
     )
-    assert result.finish_reasons == ["error"] * 2 and result.tokens == [[], []]
+    assert result.finish_reasons == ["error"] * 3 and result.tokens == [[], [], []]
 
 
 # ---- compilation -------------------------------------------------------------------------------
@@ -106,13 +110,13 @@ def test_nothing_is_compiled_for_another_length_or_other_parameters(target, draf
     jax.jit(lambda x: x + 41)(jnp.zeros(3))
     assert len(_compiled) > before, "the counter counts"
 
-    generate(target, draft, [[1, 2, 3], [4, 5, 0]], max_new_tokens=12, **options)
+    generate(target, draft, [[1, 2, 3], [4, 5, 0], [5]], max_new_tokens=12, **options)
     before = len(_compiled)
-    for prompts, limit in (([[1] * 5, [2]], 9), ([[3] * 8, [0, 1]], 11)):
-        sampling = [SamplingParams(temperature=0.7, top_k=3, seed=limit), SamplingParams()]
+    for prompts, limit in (([[1] * 5, [2], [5]], 9), ([[3] * 8, [0, 1], [2, 2]], 11)):
+        sampling = [SamplingParams(temperature=0.7, top_k=3, seed=limit), *[SamplingParams()] * 2]
         generate(target, draft, prompts, max_new_tokens=limit, sampling=sampling, **options)
     fresh = target.replace(params=make_target(5).params)
-    generate(fresh, draft, [[2, 2], [3]], max_new_tokens=12, **options)
+    generate(fresh, draft, [[2, 2], [3], [1] * 4], max_new_tokens=12, **options)
     assert len(_compiled) == before
 
 

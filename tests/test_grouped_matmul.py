@@ -17,14 +17,19 @@ from hypothesis import strategies as st
 from pallas_kernels.aot import lower_for_cuda
 from pallas_kernels.grouped_matmul import (
     arrange,
+    dequantize,
     grouped_matmul,
     pack_int4,
     rows_per_tile,
     unpack_int4,
 )
-from pallas_kernels.grouped_matmul.arrangement import num_tiles
+from pallas_kernels.grouped_matmul.arrangement import (
+    _FEW_CHOICES,
+    _rank_by_comparing,
+    _rank_by_sorting,
+    num_tiles,
+)
 from pallas_kernels.grouped_matmul.config import MAX_ROWS, tile_config
-from pallas_kernels.grouped_matmul.reference import dequantise
 from pallas_kernels.grouped_matmul.shapes import (
     INT4_GROUP,
     SCHEMES,
@@ -225,7 +230,7 @@ def test_groups_that_do_not_divide_raise(group):
 
 def test_dequantised_weights_are_what_the_product_uses():
     case = make_case("experts", "int4", 6)
-    np.testing.assert_allclose(dequantise(case["w"], case["scale"]), case["exact"], rtol=1e-6)
+    np.testing.assert_allclose(dequantize(case["w"], case["scale"]), case["exact"], rtol=1e-6)
 
 
 # ---- arrangement -------------------------------------------------------------------------------
@@ -261,6 +266,25 @@ def test_each_choice_has_a_row_in_a_tile_of_its_group(tokens, groups, rows, choi
         tile_group, [*np.repeat(np.arange(groups), needed), *[-1] * int((~in_use).sum())]
     )
     np.testing.assert_array_equal(tiles.token_of_row, np.maximum(choice, 0) // choices)
+
+
+@given(st.lists(st.integers(-1, 3), min_size=24, max_size=24))
+def test_choices_rank_alike_when_sorted_and_when_compared(group):
+    group_n = jnp.array(group, jnp.int32)
+    expected = [group[:i].count(g) for i, g in enumerate(group)]
+    np.testing.assert_array_equal(_rank_by_comparing(group_n), expected)
+    np.testing.assert_array_equal(_rank_by_sorting(group_n), expected)
+
+
+def test_a_long_prompt_is_arranged():
+    group_T1 = np.random.default_rng(0).integers(-1, 6, (_FEW_CHOICES + 500, 1)).astype(np.int32)
+    tiles = arranged(group_T1, 6, 16)
+    kept = np.flatnonzero(group_T1.ravel() >= 0)
+    np.testing.assert_array_equal(tiles.choice_of_row[tiles.row_of_choice.ravel()[kept]], kept)
+    row_group = np.repeat(tiles.tile_group, 16)
+    np.testing.assert_array_equal(
+        row_group[tiles.row_of_choice.ravel()[kept]], group_T1.ravel()[kept]
+    )
 
 
 @given(

@@ -13,6 +13,8 @@ from jax_eagle.config import DraftConfig, LlamaConfig, RopeScaling
 from jax_eagle.eagle import init_draft_params
 from jax_eagle.llama import init_params
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
 SMALL = LlamaConfig(
     vocab_size=11, hidden_size=24, intermediate_size=40, num_layers=2, num_heads=6, num_kv_heads=2,
     head_dim=8, max_position=64, tie_embeddings=True, rope_scaling=RopeScaling(4.0, 1.0, 4.0, 32),

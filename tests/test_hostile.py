@@ -19,6 +19,8 @@ from serve.config import ServerConfig
 from serve.protocol import ChatBody, CompletionBody
 from tests.serving import ScriptedDeltas, ScriptedService, hosted, tiny_server
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 SAY = {"prompt": "Hello", "max_tokens": 4}
 HELLO = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}

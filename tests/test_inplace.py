@@ -1,5 +1,7 @@
 """The compiled decode loop updates the page pools in place: aliased, and never copied."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,12 +14,15 @@ from jax_eagle.generate import decode
 from jax_eagle.llama import init_params
 from jax_eagle.prefill import start
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
 CONFIG = LlamaConfig(
     vocab_size=32, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2, num_kv_heads=2,
     head_dim=64, max_position=4096,
 )  # fmt: skip
 
 
+@functools.cache
 def compiled(tree: str | None, sync: str, new_tokens: int, *, donate: bool = True):
     """(compiled decode loop, its page pools)."""
     target = Target(init_params(CONFIG, jax.random.key(0)), CONFIG)
@@ -45,7 +50,7 @@ def copies(program, pools) -> list[str]:
 
 @pytest.mark.parametrize(
     "tree, sync",
-    [(None, "all"), ("chain:3", "all"), ("static:8", "last"),
+    [(None, "all"), pytest.param("chain:3", "all", marks=pytest.mark.slow), ("static:8", "last"),
      ("dynamic:depth=3,width=3,nodes=8", "all")],
 )  # fmt: skip
 def test_pools_are_updated_in_place(tree, sync):

@@ -28,6 +28,8 @@ from jax_eagle.tree import chain_tree
 from tests.golden import GOLDENS, bound, check, golden
 from train.teacher import Teacher
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
 
 def first_layers(target: Target, count: int) -> Target:
     """The target without the layers behind the first few."""

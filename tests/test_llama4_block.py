@@ -25,6 +25,8 @@ from jax_eagle.llama import Llama
 from jax_eagle.sharding import Backend
 from jax_eagle.tree import Tree, chain_tree
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
 BLOCK = Llama4Attention(nope_layers=(0,), chunk=8, floor_scale=4)
 MODEL = {
     "head_dim": 16, "rope_theta": 100.0, "rope_scaling": RopeScaling(16.0, 1.0, 1.0, 32),

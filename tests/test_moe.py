@@ -11,8 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
+from jax_eagle.cache import init_cache
 from jax_eagle.config import ConfigError, Llama4Attention, LlamaConfig, MoE
+from jax_eagle.layers import Kernel
+from jax_eagle.llama import Target, init_params
 from jax_eagle.moe import Experts, route, run_experts
+from jax_eagle.prefill import Prefill, extend_prompt
 from jax_eagle.sharding import Backend, check_divides, make_mesh
 from tests.devices import on_eight_devices
 
@@ -73,7 +77,9 @@ def test_the_largest_logits_are_chosen_and_the_first_of_equals(logits_TE, count)
 # ---- experts -------------------------------------------------------------------------------------
 
 
-run = jax.jit(run_experts, static_argnums=5)
+@jax.jit(static_argnums=5)
+def run(x_TD, weight_TK, expert_TK, gate_up, down, backend):
+    return run_experts(x_TD, weight_TK, expert_TK, Kernel(gate_up), Kernel(down), backend)
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -132,6 +138,46 @@ def test_the_layer_equals_the_reference():
     shared = (params["shared"][name]["kernel"] for name in ("gate", "up", "down"))
     expected_TD = reference(x_TD, weight_TK, expert_TK, *kernels) + swiglu(x_TD, *shared)
     assert distance(out_1TD[0], expected_TD) < 1e-5
+
+
+def test_tokens_that_nobody_asks_for_read_no_experts():
+    """Those of finished sequences and behind the end of a prompt; the others see no difference."""
+    config = dataclasses.replace(CONFIG, moe=dataclasses.replace(CONFIG.moe, experts_per_token=1))
+    params, x_1TD = random_layer(5)
+    layer = jax.jit(Experts(config).apply)
+    logits_TE = x_1TD[0] @ params["router"]["kernel"]
+    expert_T = np.asarray(jnp.argmax(logits_TE, axis=1))
+    live_T = expert_T == expert_T[0]
+    assert 0 < live_T.sum() < T
+    everything = layer({"params": params}, x_1TD)
+    hit = jnp.arange(E)[:, None, None] == expert_T[0]
+    spoilt = params | {
+        "gate_up": jnp.where(hit[..., None], params["gate_up"], jnp.nan),
+        "down": jnp.where(hit, params["down"], jnp.nan),
+    }
+    some = layer({"params": spoilt}, x_1TD, jnp.asarray(live_T)[None])
+    np.testing.assert_array_equal(everything[0, live_T], some[0, live_T])
+    assert np.isfinite(some).all()
+    assert np.isnan(layer({"params": spoilt}, x_1TD)).any()
+
+
+def test_what_pads_a_chunk_of_a_prompt_reads_no_experts():
+    target = Target(init_params(CONFIG, jax.random.key(0)), CONFIG)
+    dead = jax.tree_util.tree_map_with_path(
+        lambda path, x: x * 0 if path[-1].key == "down" and path[-2].key == "moe" else x,
+        target.params,
+    )
+    cache = init_cache(CONFIG, jnp.ones((1, 1), jnp.int32), num_pages=2, page_size=8)
+    zeros_1D = jnp.zeros((1, D))
+    carry = Prefill(cache, None, zeros_1D, zeros_1D)
+
+    def features(target):
+        chunk = jnp.ones((1, 4), jnp.int32), jnp.full(1, 3, jnp.int32)
+        return np.asarray(jax.jit(extend_prompt)(target, None, carry, *chunk)[1][0])
+
+    whole, without = features(target), features(target.replace(params=dead))
+    np.testing.assert_array_equal(whole[3], without[3])
+    assert (whole[:3] != without[:3]).any(axis=1).all()
 
 
 def test_eight_devices_give_what_one_gives():

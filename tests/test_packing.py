@@ -14,6 +14,8 @@ from jax_eagle.eagle import init_draft_params
 from jax_eagle.llama import init_params
 from jax_eagle.packing import BLOCKS, column_blocks, matmul
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
 CONFIG = LlamaConfig(
     vocab_size=128, hidden_size=64, intermediate_size=192, num_layers=2, num_heads=2,
     num_kv_heads=1, head_dim=32, max_position=64, tie_embeddings=True,

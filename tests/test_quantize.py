@@ -16,21 +16,17 @@ from hypothesis.extra import numpy as arrays
 from jax_eagle import SamplingParams, Target, generate, load_draft, load_target
 from jax_eagle.cache import as_cached, commit, init_cache
 from jax_eagle.checkpoint import eagle, hf, orbax
-from jax_eagle.config import (
-    ConfigError,
-    DraftConfig,
-    Llama4Attention,
-    LlamaConfig,
-    MoE,
-    Quantization,
-    Stored,
-)
-from jax_eagle.llama import abstract_params, init_params
+from jax_eagle.config import ConfigError, DraftConfig, Llama4Attention, LlamaConfig, MoE
+from jax_eagle.llama import abstract_params, init_params, target_placement
 from jax_eagle.packing import quantized_matmul
-from jax_eagle.quantize import dequantize, quantize, quantize_kernel, stored_forms
+from jax_eagle.quantization import Quantization, Stored
+from jax_eagle.quantize import quantize, quantize_kernel, stored_forms, target_forms
 from jax_eagle.sharding import Backend, check_divides, make_mesh
 from jax_eagle.tree import chain_tree
+from pallas_kernels.grouped_matmul import dequantize
 from tests.devices import on_eight_devices
+
+pytestmark = pytest.mark.usefixtures("quick_compiler")
 
 E, D, F = 2, 64, 8
 DTYPES = {"fp8": "float8_e4m3fn", "int8": "int8", "int4": "uint8"}
@@ -161,6 +157,10 @@ def test_configs_say_how_weights_are_stored():
         dataclasses.replace(config, tie_embeddings=True, quantization=HEAD)
     with pytest.raises(ConfigError, match="kv_dtype 'int8'"):
         dataclasses.replace(config, kv_dtype="int8")
+    with pytest.raises(ConfigError, match="experts in float16: expected dtype bfloat16"):
+        dataclasses.replace(WITH_EXPERTS, dtype="float16")
+    with pytest.raises(ConfigError, match="quantised weights in float16"):
+        dataclasses.replace(config, dtype="float16", moe=None)
 
 
 HEAD = Quantization(head="fp8")
@@ -229,7 +229,7 @@ MIXED = "mlp=int4,attention=fp8,head=int8"
 @pytest.mark.parametrize(
     "quantization, kv_dtype, tree",
     [(MIXED, "float8_e4m3fn", "paths:[[0],[1],[0,0],[0,1]]"),
-     (MIXED, "float8_e4m3fn", "chain:2"),
+     pytest.param(MIXED, "float8_e4m3fn", "chain:2", marks=pytest.mark.slow),
      pytest.param("fp8", None, "chain:2", marks=pytest.mark.slow),
      pytest.param("int8", None, "chain:2", marks=pytest.mark.slow),
      pytest.param("int4", None, "chain:2", marks=pytest.mark.slow)],
@@ -334,6 +334,27 @@ def test_two_devices_compute_what_one_does():
         assert error < 1e-5, name
 
 
+def compare(found: jax.Array, expected: jax.Array) -> bool:
+    """Whether an array that equals the expected one lies on the devices in parts."""
+    np.testing.assert_array_equal(np.asarray(found), np.asarray(expected))
+    return shard_size(found) < found.size
+
+
+def shard_size(x: jax.Array) -> int:
+    return x.addressable_shards[0].data.size
+
+
+def gathers(kernel: jax.Array, name: str, target: Target) -> bool:
+    """Whether quantising a stack of experts puts it together anywhere."""
+    path = "layers_1", "moe", name
+    form = target_forms(target.config)[path]
+    placement = target_placement(target.config, target.backend)
+    store = jax.jit(lambda kernel: form.store(path, kernel, placement))
+    text = store.lower(kernel).compile().as_text()
+    assert text is not None and "f8e4m3fn" in text
+    return "all-gather" in text
+
+
 def main() -> None:
     target = Target(init_params(WITH_EXPERTS, jax.random.key(0)), WITH_EXPERTS)
     tokens = np.random.default_rng(0).integers(0, 32, (2, 12))
@@ -345,11 +366,16 @@ def main() -> None:
         whole = quantize(target, text)
         spread = whole.spread(mesh, expert_parallel=expert_parallel)
         errors[text] = distance(spread.logits(tokens), whole.logits(tokens))
-    late, expected = (quantize(t, "mlp=int8") for t in (target.spread(mesh), target))
-    found, wanted = (t.params["layers_0"]["mlp"]["down"] for t in (late, expected))
-    assert found["kernel"].sharding.spec[0] == "tensor"
-    for name in wanted:
-        np.testing.assert_array_equal(np.asarray(found[name]), np.asarray(wanted[name]))
+    text = "experts=fp8,mlp=int8,attention=int4,head=int4,group_size=32"
+    for expert_parallel in (False, True):
+        early = target.spread(mesh, expert_parallel=expert_parallel)
+        late, expected = quantize(early, text), quantize(target, text)
+        leaves = jax.tree.leaves(jax.tree.map(compare, late.params, expected.params))
+        assert 0.3 < sum(leaves) / len(leaves) < 1  # most are cut in two
+        experts = late.params["layers_1"]["moe"]
+        for name in ("gate_up", "down"):
+            halved = shard_size(experts[name]) * 2 == experts[name].size
+            assert halved and not gathers(early.params["layers_1"]["moe"][name], name, late)
     print(json.dumps(errors))
 
 

@@ -21,6 +21,8 @@ from train.library import LibraryFile
 from train.prompts import OPENINGS, Requests, library_requests, make_prompts
 from train.regenerate import Answering, answer, batches_of, main, read_conversations
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
 SAMPLED = SamplingParams(temperature=1.0, seed=3, logit_bias=((257, 2.5),))
 """Some answers of the tiny model reach the end of their turn, some the limit."""
 
@@ -68,7 +70,7 @@ def how(turns: int = 1, share: float = 1.0, sampling: SamplingParams = SAMPLED) 
 
 
 def test_killed_and_resumed_gives_the_lines_of_one_run(models, tmp_path):
-    prompts = write(tmp_path / "p.jsonl", *asks(160))
+    prompts = write(tmp_path / "p.jsonl", *asks(96))
     options = {"prompts": prompts, "model": str(models / "target"), "batch": 4}
     whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
     main(**options, out=whole, max_new_tokens=16)
@@ -80,17 +82,17 @@ def test_killed_and_resumed_gives_the_lines_of_one_run(models, tmp_path):
         process.send_signal(signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
     before = cut.read_bytes()
-    assert 0 < before.count(b"\n") < 160
+    assert 0 < before.count(b"\n") < 96
     cut.write_bytes(before[:-20])  # within a line, as a kill of the machine leaves it
     main(**options, out=cut, max_new_tokens=16)
     assert by_id(cut) == by_id(whole)
-    assert sorted(by_id(whole)) == list(range(160))
+    assert sorted(by_id(whole)) == list(range(96))
     assert cut.read_bytes().startswith(before[: before[:-20].rfind(b"\n") + 1])
     after = cut.read_bytes()
-    write(prompts, *asks(160), *asks(4, "new{}".format))
+    write(prompts, *asks(96), *asks(4, "new{}".format))
     main(**options, out=cut, max_new_tokens=16)
     assert cut.read_bytes().startswith(after)
-    assert sorted(list(by_id(cut))[160:]) == ["new0", "new1", "new2", "new3"]
+    assert sorted(list(by_id(cut))[96:]) == ["new0", "new1", "new2", "new3"]
 
 
 @settings(max_examples=40)

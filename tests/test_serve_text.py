@@ -14,6 +14,8 @@ from benchmarks.text_client import Answer, Company, ask
 from jax_eagle import load_target
 from tests.serving import save_tiny_model
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
 TEXTS = ["Who was Ada Lovelace?", "Name three rivers of Asia.", "Why is the sky blue?", "Hi there"]
 
 

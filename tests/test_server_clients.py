@@ -19,7 +19,9 @@ from langchain_openai import ChatOpenAI
 
 from jax_eagle import generate, load_target
 from serve.features import CHAT, COMPLETIONS, REFUSED, pairs
-from tests.serving import ServerProcess, example, tiny_server
+from tests.serving import ROOT, ServerProcess, example, tiny_server
+
+pytestmark = pytest.mark.usefixtures("quick_compiler")
 
 KEY = "secret"
 PROMPT = "The quick brown fox"
@@ -255,13 +257,27 @@ def test_every_pair_of_features_runs(server):
 # ---- the end ------------------------------------------------------------------------------------
 
 
-def stream_in_thread(url, **options):
+@pytest.fixture(scope="module")
+def on_a_socket(folder, tmp_path_factory):
+    """A server with its own template and logs in JSON, and the socket that it listens on."""
+    own = tmp_path_factory.mktemp("own")
+    (own / "template").write_text("{{ 'say ' + messages[0]['content'] }}")
+    flags = ("--chat-template", str(own / "template"), "--uds", str(own / "socket"))
+    more = ("--log-format", "json", "--log-stats-interval", "0.2", "--shutdown-timeout", "0")
+    with tiny_server(folder, *flags, *more) as server:
+        yield server, str(own / "socket")
+
+
+def stream_in_thread(url, uds=None, **options):
     """Reads a stream beside the test: (thread, lines so far)."""
     lines, begun = [], threading.Event()
 
     def read():
         body = {"prompt": PROMPT, "max_tokens": 200, "stream": True, "ignore_eos": True} | options
-        with httpx2.stream("POST", url + "/v1/completions", json=body, timeout=60) as answer:
+        with (
+            httpx2.Client(transport=httpx2.HTTPTransport(uds=uds), timeout=60) as client,
+            client.stream("POST", url + "/v1/completions", json=body) as answer,
+        ):
             for line in answer.iter_lines():
                 lines.append(line)
                 begun.set()
@@ -286,16 +302,32 @@ def test_sigterm_lets_requests_finish_and_refuses_new_ones(folder):
         assert server.process.wait(60) == 0
 
 
-def test_sigterm_at_once_tells_the_clients(folder):
-    with tiny_server(folder, "--shutdown-timeout", "0") as server:
-        readers = [stream_in_thread(server.url, n=3) for _ in range(4)]
-        begin = time.monotonic()
-        assert server.stop() == 0
-        assert time.monotonic() - begin < 15
-        for thread, lines in readers:
-            thread.join(60)
-            assert lines[-2] == "data: [DONE]"
-            assert '"finish_reason":"length"' in lines[-4] or '"error"' in lines[-4]
+def test_a_socket_a_template_and_logs_in_json(on_a_socket):
+    server, path = on_a_socket
+    transport = httpx2.HTTPTransport(uds=path)
+    with httpx2.Client(transport=transport, base_url="http://server") as client:
+        ids = client.post("/tokenize", json={"messages": MESSAGES}).json()["tokens"]
+        text = client.post("/detokenize", json={"tokens": ids}).json()["prompt"]
+        assert text == "say " + PROMPT
+        client.post("/v1/completions", json={"prompt": "a"}, headers={"X-Request-Id": "mine"})
+    server.wait_for('"message": "load"')
+    lines = [json.loads(line) for line in server.lines]
+    (done,) = [line for line in lines if line.get("request_id") == "mine"]
+    assert done["status"] == 200 and done["prompt_tokens"] == 1
+    assert {"running", "waiting", "kv_use", "acceptance_length"} <= lines[-1].keys()
+
+
+def test_sigterm_at_once_tells_the_clients(on_a_socket):
+    """The last test of this server."""
+    server, path = on_a_socket
+    readers = [stream_in_thread("http://server", path, n=3) for _ in range(4)]
+    begin = time.monotonic()
+    assert server.stop() == 0
+    assert time.monotonic() - begin < 15
+    for thread, lines in readers:
+        thread.join(60)
+        assert lines[-2] == "data: [DONE]"
+        assert '"finish_reason":"length"' in lines[-4] or '"error"' in lines[-4]
 
 
 def test_sigterm_while_loading(server, folder):
@@ -306,42 +338,38 @@ def test_sigterm_while_loading(server, folder):
         assert "stopped while loading" in loading.lines[-1]
 
 
-def test_a_socket_a_template_and_logs_in_json(folder, tmp_path):
-    (tmp_path / "template").write_text("{{ 'say ' + messages[0]['content'] }}")
-    path = str(tmp_path / "socket")
-    flags = ("--chat-template", str(tmp_path / "template"), "--uds", path, "--log-format", "json")
-    with tiny_server(folder, *flags, "--log-stats-interval", "0.2") as server:
-        transport = httpx2.HTTPTransport(uds=path)
-        with httpx2.Client(transport=transport, base_url="http://server") as client:
-            ids = client.post("/tokenize", json={"messages": MESSAGES}).json()["tokens"]
-            text = client.post("/detokenize", json={"tokens": ids}).json()["prompt"]
-            assert text == "say " + PROMPT
-            client.post("/v1/completions", json={"prompt": "a"}, headers={"X-Request-Id": "mine"})
-        server.wait_for('"message": "load"')
-        lines = [json.loads(line) for line in server.lines]
-        (done,) = [line for line in lines if line.get("request_id") == "mine"]
-        assert done["status"] == 200 and done["prompt_tokens"] == 1
-        assert {"running", "waiting", "kv_use", "acceptance_length"} <= lines[-1].keys()
+ONE_BY_ONE = """
+import json, sys
+from serve.server import main
 
-
-def fails(*arguments):
-    """The last line that the program writes; it has to be bad input."""
-    command = [sys.executable, "-m", "serve.server", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    last = done.stderr.splitlines()[-1]
-    assert last.startswith("serve.server: error: ")
-    return last
+for arguments in json.loads(sys.argv[1]):
+    try:
+        main(arguments)
+    except SystemExit as end:
+        print("ended with", end.code, file=sys.stderr)
+"""
+"""The program once for each list of arguments, in a process that has imported it."""
 
 
 def test_what_cannot_be_served_is_one_line(server, folder):
     target, port = folder / "target", httpx2.URL(server.url).port
     free = ("--port", 0)
-    assert "no such file or folder" in fails(folder / "nothing", *free)
-    assert "no draft is known" in fails(target, *free)
-    assert "Address already in use" in fails(target, "--port", port)
     plain = ("--speculative-config", "none", *free)
-    assert "this model's context holds 256" in fails(target, "--max-model-len", 300, *plain)
-    assert "--max-num-seqs is 2" in fails(target, "--max-num-seqs", 2, "--batch-buckets", 4, *plain)
     oak = json.dumps({"model": str(folder / "draft"), "tree": "oak"})
-    assert "unknown tree 'oak'" in fails(target, "--speculative-config", oak, *free)
+    cases = {
+        "no such file or folder": (folder / "nothing", *free),
+        "no draft is known": (target, *free),
+        "Address already in use": (target, "--port", port),
+        "this model's context holds 256": (target, "--max-model-len", 300, *plain),
+        "--max-num-seqs is 2": (target, "--max-num-seqs", 2, "--batch-buckets", 4, *plain),
+        "unknown tree 'oak'": (target, "--speculative-config", oak, *free),
+    }
+    arguments = json.dumps([[str(argument) for argument in case] for case in cases.values()])
+    command = [sys.executable, "-c", ONE_BY_ONE, arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    *texts, rest = done.stderr.split("ended with 2\n")
+    assert len(texts) == len(cases) and not rest, done.stderr
+    for message, text in zip(cases, texts, strict=True):
+        last = text.splitlines()[-1]
+        assert last.startswith("serve.server: error: ") and message in last

@@ -22,6 +22,8 @@ from serve.request import Delta, Draining, QueueFull, Request
 from serve.service import Service, Stream
 from tests.engines import BUSHY, CONTEXT, PAGE, SLOTS, VOCAB, make_engine, request
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
 
 def six_letters() -> Tokenizer:
     """One letter a token."""

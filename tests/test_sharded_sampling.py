@@ -41,7 +41,6 @@ SAMPLING = [
                    allowed_token_ids=tuple(range(0, V, 3))),
 ]  # fmt: skip
 CASES = {
-    "chain": ("chain:2", "greedy"),
     "dynamic": ("dynamic:depth=2,width=2,nodes=4", "greedy"),
     "static, sampled": ("paths:[[0],[1],[0,0]]", "sampled"),
 }

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from benchmarks.equal_text import Margins, compare
-from jax_eagle import generate, load_draft, load_target
+from jax_eagle import Draft, GenerateResult, Target, generate, load_draft, load_target
 from jax_eagle.prompts import as_chat, mt_bench
 
 GOLDENS = Path(__file__).parent / "goldens" / "smollm2_greedy.npz"
@@ -36,50 +36,56 @@ def rows(ids: np.ndarray) -> list[list[int]]:
     return [row[row >= 0].tolist() for row in ids]
 
 
-def test_greedy_text_equals_the_goldens(target, golden):
-    prompts, expected = rows(golden["prompt_ids"]), rows(golden["new_ids"])
-    actual: list[list[int]] = []
-    for begin in range(0, len(prompts), 8):
-        actual += generate(target, None, prompts[begin : begin + 8], max_new_tokens=64).tokens
+def check(
+    target: Target,
+    golden,
+    draft: Draft | None = None,
+    *,
+    begin: int = 0,
+    count: int = 8,
+    limit: int = 32,
+    **options,
+) -> GenerateResult:
+    """*Equal text* with transformers': `count` of the prompts, at most `limit` tokens of each."""
+    prompts, expected, margin, largest = (
+        golden[name][begin : begin + count]
+        for name in ("prompt_ids", "new_ids", "margin", "max_abs_logit")
+    )
+    result = generate(target, draft, rows(prompts), max_new_tokens=limit, **options)
     report = compare(
-        target, prompts, expected, actual,
-        margins=lambda i: Margins(golden["margin"][i], golden["max_abs_logit"][i]),
+        target, rows(prompts), rows(expected[:, :limit]), result.tokens,
+        margins=lambda i: Margins(margin[i], largest[i]),
     )  # fmt: skip
     assert report.equal, str(report)
+    return result
 
 
-NUM_QUESTIONS, NEW_TOKENS = 12, 24
-
-
-@pytest.fixture(scope="module")
-def questions(target):
-    """Twelve of MT-Bench's first questions, over all of its categories."""
-    texts = mt_bench()
-    return as_chat(target, texts[:: len(texts) // NUM_QUESTIONS][:NUM_QUESTIONS])
-
-
-@pytest.fixture(scope="module")
-def plain(target, questions):
-    return generate(target, None, questions, max_new_tokens=NEW_TOKENS).tokens
+@pytest.mark.slow  # speculation, below, gives the same text
+@pytest.mark.parametrize("begin", [0, 8, 16])
+def test_greedy_text_equals_the_goldens(target, golden, begin):
+    check(target, golden, begin=begin, limit=64)
 
 
 @pytest.mark.parametrize("tree", [
-    "chain:3",
+    pytest.param("chain:3", marks=pytest.mark.slow),
     pytest.param("static:eagle-26", marks=pytest.mark.slow),
     "dynamic:depth=3,width=3,nodes=8",
 ])  # fmt: skip
-def test_speculation_does_not_change_the_text(target, questions, plain, tree):
-    """`python -m benchmarks.lossless` does this with all questions, longer, and in batches of 1."""
+def test_speculation_gives_the_text_of_the_goldens(target, golden, tree):
+    """Two of the eight texts end before the limit.
+
+    `python -m benchmarks.lossless` compares more and longer texts, also one by one.
+    """
     draft = load_draft("smollm2-135m-instruct-eagle", target)
-    result = generate(target, draft, questions, max_new_tokens=NEW_TOKENS, tree=tree)
-    report = compare(target, questions, plain, result.tokens)
-    assert report.equal, str(report)
-    assert result.acceptance_length > 1.3
+    assert check(target, golden, draft, tree=tree).acceptance_length > 1.3
 
 
-def test_packed_weights_do_not_change_the_text(target, questions, plain):
-    """One question at a time, as programs run it on a CPU."""
-    draft = load_draft("smollm2-135m-instruct-eagle", target).pack()
-    result = generate(target.pack(), draft, questions[:1], max_new_tokens=NEW_TOKENS)
-    report = compare(target, questions[:1], plain[:1], result.tokens)
-    assert report.equal, str(report)
+def test_packed_weights_do_not_change_the_text(target, golden):
+    """One prompt alone, as programs run it on a CPU."""
+    draft = load_draft("smollm2-135m-instruct-eagle", target)
+    check(target.pack(), golden, draft.pack(), begin=2, count=1, limit=24)
+
+
+def test_questions_of_mt_bench():
+    texts = mt_bench()
+    assert len(texts) == 80 and texts[0].startswith("Compose an engaging travel blog post")

@@ -21,6 +21,8 @@ from train.config import DraftSettings, LossConfig
 from train.step import RUNNING, Batch, make_draft, make_train_step, pass_weights
 from train.teacher import Teacher, ancestors_of_text
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
 KINDS = {
     "eagle": make_config(
         draft=DraftSettings(vocab_size=U), loss=LossConfig(logits_weight=0.3, unroll=2)

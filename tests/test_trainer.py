@@ -15,12 +15,14 @@ import yaml
 
 from jax_eagle import generate, load_draft, load_target
 from jax_eagle.config import ConfigError
+from jax_eagle.program import run_program
 from tests.serving import ROOT
 from tests.training import save_chats, save_tiny_target
 from train import checkpoint
 from train.config import TrainConfig, from_tree, load_config, to_tree
 from train.evaluate import Evaluator
 from train.log import read_metrics
+from train.train import main
 from train.trainer import TrainingError, run
 
 STEPS = 10
@@ -94,7 +96,7 @@ def assert_same_state(one: dict, other: dict) -> None:
 KINDS = {
     "eagle": {},
     "eagle3": {  # online, from the closed form, in parts
-        "draft": {"kind": "eagle3", "vocab_size": 120, "taps": [0, 1, 3], "start_rows": 4},
+        "draft": {"kind": "eagle3", "vocab_size": 120, "taps": [0, 1], "start_rows": 4},
         "loss": {"feature": "none", "logits": "kl", "unroll": 2, "chunk": 16},
         "data_keep_features_gb": 0.0,
         "optimizer_accumulate": 2,
@@ -113,8 +115,9 @@ def whole(folder) -> Path:
 def test_a_run_leaves_what_a_user_wants(folder, whole):
     target = load_target(folder / "target")
     draft = load_draft(whole / "draft", target)
-    text = generate(target, draft, [[1, 2, 3]], max_new_tokens=6, tree="chain:2")
-    assert text.tokens == generate(target, None, [[1, 2, 3]], max_new_tokens=6).tokens
+    prompts = [[1, 2, 3] * 12, [4], [5, 6]]  # as many and as long as in the evaluation
+    text = generate(target, draft, prompts, max_new_tokens=8, tree="chain:2")
+    assert text.tokens == generate(target, None, prompts, max_new_tokens=8).tokens
     card = json.loads((whole / "draft" / "card.json").read_text())
     assert card["acceptance"]["acceptance_length/chain:2"] >= 1
     assert (whole / "acceptance.png").stat().st_size > 1000
@@ -127,19 +130,20 @@ def test_a_run_leaves_what_a_user_wants(folder, whole):
 
 
 @pytest.mark.parametrize("kind", ["eagle", pytest.param("eagle3", marks=pytest.mark.slow)])
-def test_killed_and_resumed_is_bit_identical(folder, kind):
+def test_killed_and_resumed_is_bit_identical(folder, whole, kind):
     """kill -9 at a moment that differs from run to run, and once more; then to the end."""
     changes, name = KINDS[kind], f"killed-{kind}"
-    run(config(folder, f"whole-{kind}", **changes))
+    if changes:
+        whole = folder / f"whole-{kind}"
+        run(config(folder, whole.name, **changes))
     waits = sorted(map(int, np.random.default_rng().integers(1, STEPS - 2, 2)))
     print(f"killed after steps {waits}")
     for wait in waits:
         kill_after(folder, name, wait, **changes)
-    subprocess.run(command(folder, name, "--resume", **changes), cwd=ROOT, check=True, timeout=300)
-    last = state_of(folder / f"whole-{kind}")["progress"]["feed"]["given"]
+    run(config(folder, name, **changes), resume=True)
+    last = state_of(whole)["progress"]["feed"]["given"]
     for step in (last, last - 1):
-        one, other = (state_of(folder / which, step) for which in (name, f"whole-{kind}"))
-        assert_same_state(one, other)
+        assert_same_state(state_of(folder / name, step), state_of(whole, step))
     steps = [r["step"] for r in read_metrics(folder / name) if "loss" in r]
     assert steps == sorted(set(steps))
 
@@ -263,15 +267,15 @@ def test_disk_full_while_saving(folder):
     assert state_of(folder / "full")["arrays"]["step"] == 2
 
 
-def test_bad_input_ends_with_a_line(folder, whole):
+def test_bad_input_ends_with_a_line(folder, capsys):
     chats = folder / "broken.jsonl"
     chats.write_text((folder / "chats.jsonl").read_text() + '{"messages": [\n')
     source = [{"kind": "chat", "path": str(chats)}]
-    done = subprocess.run(
-        command(folder, "broken", data_sources=source), cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 2
-    assert f"{chats}:61: " in done.stderr and "Traceback" not in done.stderr
+    with pytest.raises(SystemExit) as end:
+        run_program(main, "train.train", command(folder, "broken", data_sources=source)[3:])
+    text = capsys.readouterr().err
+    assert end.value.code == 2
+    assert f"{chats}:61: " in text and "Traceback" not in text
 
 
 def test_config_round_trip(folder):

@@ -95,7 +95,7 @@ CHATML = (
 def save_tiny_target(folder: Path) -> None:
     """A random model of byte tokens with a ChatML template."""
     tokenizer = byte_tokenizer(CHATML, ("<|im_start|>", "<|im_end|>"))
-    config = dataclasses.replace(CONFIG, vocab_size=258, num_layers=4, stop_token_ids=(257,))
+    config = dataclasses.replace(CONFIG, vocab_size=258, num_layers=2, stop_token_ids=(257,))
     hf.save(Target(init_params(config, jax.random.key(0)), config, tokenizer), folder)
 
 

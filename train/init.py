@@ -21,8 +21,8 @@ from jax_eagle import Draft, Target, load_draft
 from jax_eagle.config import ConfigError, DraftConfig, Llama4Attention, LlamaConfig
 from jax_eagle.eagle import abstract_draft_params, init_draft_params
 from jax_eagle.load import taps_fit
-from jax_eagle.quantize import dequantize
 from jax_eagle.sharding import param_shardings
+from pallas_kernels.grouped_matmul import dequantize
 
 from .config import DraftSettings, TrainConfig
 from .step import RUNNING, Batch, TrainState, unpack_teaching

@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
-from ..config import LlamaConfig, Quantization
+from ..config import LlamaConfig
+from ..quantization import Quantization
 from .experts import split_experts
 from .mapping import CheckpointError, Entry, Tensor
 
@@ -39,7 +39,9 @@ class Published:
     """Of the scales."""
     tensors: dict[str, Tensor]
     """The scales, one for each output channel, by the names of `entries`."""
-    names: list[str]
+    weights: list[str]
+    """The tensors of the folder that are in fp8."""
+    scales: list[str]
     """The tensors of the folder that are scales, read or not."""
 
 
@@ -88,12 +90,13 @@ def find(
         quantization=_quantization(entries, scales, folder),
         entries=list(scales.values()),
         tensors={scale.name: _scales(entry, tensors) for entry, scale in scales.items()},
-        names=[name for name in tensors if name.endswith(_SCALES)],
+        weights=[part.name for part in split_experts(scales, tensors)],
+        scales=[name for name in tensors if name.endswith(_SCALES)],
     )
 
 
 def _is_fp8(part: Entry, tensors: Mapping[str, Tensor]) -> bool:
-    return tensors[part.name].read().dtype == jnp.float8_e4m3fn
+    return tensors[part.name].dtype == "float8_e4m3fn"
 
 
 def _scale_name(part: Entry, tensors: Mapping[str, Tensor]) -> str | None:

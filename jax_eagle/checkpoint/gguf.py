@@ -14,8 +14,9 @@ from typing import Any
 import gguf
 import numpy as np
 
-from ..config import LlamaConfig, Quantization
+from ..config import LlamaConfig
 from ..llama import Target, target_placement
+from ..quantization import Quantization
 from ..quantize import quantized, target_forms
 from ..sharding import Backend
 from ..tokenizer import Tokenizer
@@ -67,7 +68,7 @@ def read_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         reader = _Reader(path)
         metadata = {name: field.contents() for name, field in reader.fields.items()}
         tensors = {
-            t.name: Tensor(path, tuple(int(n) for n in reversed(t.shape)), _dequantise(t))
+            t.name: Tensor(path, tuple(int(n) for n in reversed(t.shape)), _dequantize(t))
             for t in reader.tensors
         }
     except FileNotFoundError:
@@ -89,7 +90,7 @@ class _Reader(gguf.GGUFReader):
         self._data = mapped.view(np.ndarray)
 
 
-def _dequantise(tensor: gguf.ReaderTensor) -> Callable[[], np.ndarray]:
+def _dequantize(tensor: gguf.ReaderTensor) -> Callable[[], np.ndarray]:
     def read() -> np.ndarray:
         values = gguf.dequantize(tensor.data, tensor.tensor_type)
         # float32 comes as a view; no parameter may stay tied to the mapped file.

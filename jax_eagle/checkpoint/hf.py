@@ -11,8 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ..config import LlamaConfig, Quantization, token_ids
+from ..config import LlamaConfig
+from ..hf_config import token_ids
 from ..llama import Target, target_placement
+from ..quantization import Quantization
 from ..quantize import quantized, target_forms
 from ..sharding import Backend
 from ..tokenizer import Tokenizer
@@ -63,11 +65,13 @@ def load(
         entries = _with_prefix(entries, tensors)
         ignored += [name for name in tensors if name.startswith(_OTHER_MODELS)]
     published = fp8.find(config, entries, tensors, read_json(folder / "config.json"), folder)
+    narrow = []
     if published is not None:
         config = quantized(config, published.quantization)
-        ignored += published.names
+        ignored += published.scales
+        narrow = published.weights
     stored = split_experts(entries, tensors)
-    check_tensors(file_shapes(stored), tensors, folder, ignored=ignored)
+    check_tensors(file_shapes(stored), tensors, folder, ignored=ignored, narrow=narrow)
     if published is not None:
         entries, tensors = entries + published.entries, tensors | published.tensors
     config = quantized(config, quantization)

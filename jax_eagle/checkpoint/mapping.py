@@ -27,6 +27,9 @@ if TYPE_CHECKING:  # models import the tokenizer, and that imports this module
     from ..quantize import Form
 
 
+_WHOLE = ("float16", "bfloat16", "float32", "float64")
+
+
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used; one line: the file, the tensor, what is wrong."""
 
@@ -44,6 +47,8 @@ class Tensor:
     file: Path
     shape: tuple[int, ...]
     read: Callable[[], np.ndarray]
+    dtype: str = "float32"
+    """Of what `read` returns, as far as a reader has to know it before."""
 
 
 @dataclass(frozen=True)
@@ -218,10 +223,13 @@ def check_tensors(
     source: Path,
     *,
     ignored: Collection[str] = (),
+    narrow: Collection[str] = (),
 ) -> None:
     """Raises CheckpointError unless `tensors` has the expected names and shapes, and no others.
 
-    Old files carry rotary_emb.inv_freq, which may be left over like the names in `ignored`.
+    Old files carry rotary_emb.inv_freq, which may be left over like the names in `ignored`. Numbers
+    are floats of 16 bits or more: integers and smaller floats mean something else without scales.
+    Only tensors that are `narrow` may hold those.
     """
     if missing := [name for name in expected if name not in tensors]:
         raise CheckpointError(f"{source}: {_named('tensor', missing)} missing")
@@ -240,6 +248,11 @@ def check_tensors(
             raise CheckpointError(
                 f"{tensor.file}: tensor {name} has shape {list(tensor.shape)}, "
                 f"expected {list(shape)} from the config"
+            )
+        if tensor.dtype not in _WHOLE and name not in narrow:
+            raise CheckpointError(
+                f"{tensor.file}: tensor {name} is in {tensor.dtype}, a layout that is not known: "
+                f"expected one of {', '.join(_WHOLE)}, or float8_e4m3fn with scales"
             )
 
 

@@ -17,12 +17,13 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from flax import traverse_util
 
-from ..config import DraftConfig, Quantization
+from ..config import DraftConfig
 from ..draft import Draft, draft_placement
 from ..eagle import abstract_draft_params
 from ..llama import Target, abstract_params, target_placement
 from ..packing import unpack_params
 from ..placement import Placement
+from ..quantization import Quantization
 from ..quantize import quantize, quantized, quantized_draft
 from ..sharding import Backend
 from .files import read_json, write_json

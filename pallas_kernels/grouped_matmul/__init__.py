@@ -7,3 +7,4 @@ from .arrangement import arrange as arrange
 from .config import rows_per_tile as rows_per_tile
 from .int4 import pack_int4 as pack_int4
 from .int4 import unpack_int4 as unpack_int4
+from .reference import dequantize as dequantize

@@ -4,10 +4,10 @@ Shape letters: R rows, D inputs, F outputs, E groups of weights (experts), X til
 of a tile, S scales along the inputs.
 """
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num
 
+from ..choice import choose
 from .reference import grouped_matmul_reference
 from .triton import grouped_matmul_triton, unsupported
 
@@ -53,17 +53,8 @@ def grouped_matmul(
     """
     _check(x_RD, w, tile_group_X, scale)
     reason = unsupported(x_RD, w, scale)
-    if implementation is None:
-        on_gpu = jax.default_backend() == "gpu"
-        implementation = "triton" if on_gpu and not reason else "reference"
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"grouped_matmul has no implementation {implementation!r}; "
-            f"choose from {sorted(IMPLEMENTATIONS)}"
-        )
-    if implementation == "triton" and reason:
-        raise ValueError(f"the triton kernel cannot run this: {reason}; use 'reference'")
-    return IMPLEMENTATIONS[implementation](
+    run = choose("grouped_matmul", IMPLEMENTATIONS, implementation, reason)
+    return run(
         x_RD, w, tile_group_X, scale,
         out_dtype=jnp.dtype(out_dtype or x_RD.dtype), interpret=interpret,
     )  # fmt: skip

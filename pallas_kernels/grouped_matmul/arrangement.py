@@ -10,6 +10,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+_FEW_CHOICES = 1024
+"""Up to so many all are compared with all."""
+
 
 class Arrangement(NamedTuple):
     """Rows of tiles for T tokens that chose K groups each. Used as
@@ -48,8 +51,9 @@ def num_tiles(num_choices: int, num_groups: int, rows_per_tile: int) -> int:
 def arrange(group_TK: Int[Array, "T K"], num_groups: int, rows_per_tile: int) -> Arrangement:
     """Sorts the choices by group into tiles; the order within a group stays.
 
-    It compares all choices with all and sums along one axis: on a GPU a few fused kernels, no sort,
-    no loop, and the squares never exist in memory.
+    Those of a round are compared all with all and summed along one axis: on a GPU a few fused
+    kernels, no sort, no loop, and the squares never exist in memory. Those of long prompts are
+    sorted.
 
     Args:
       group_TK: the groups that each token chose, below `num_groups`. Negative: the choice is left
@@ -59,11 +63,9 @@ def arrange(group_TK: Int[Array, "T K"], num_groups: int, rows_per_tile: int) ->
     n = group_TK.size
     tiles = num_tiles(n, num_groups, rows_per_tile)
     group_n = jnp.reshape(group_TK, n).astype(jnp.int32)
-    choice_n = jnp.arange(n, dtype=jnp.int32)
     group_E = jnp.arange(num_groups, dtype=jnp.int32)
 
-    same_nn = group_n[:, None] == group_n[None, :]
-    rank_n = _count(same_nn & (choice_n[None, :] < choice_n[:, None]))  # earlier ones of its group
+    rank_n = _rank_by_comparing(group_n) if n <= _FEW_CHOICES else _rank_by_sorting(group_n)
     used_E = -(-_count(group_E[:, None] == group_n[None, :]) // rows_per_tile)  # tiles
     before_EE = group_E[None, :] < group_E[:, None]
     first_E = jnp.sum(jnp.where(before_EE, used_E[None, :], 0), axis=1, dtype=jnp.int32)
@@ -72,12 +74,28 @@ def arrange(group_TK: Int[Array, "T K"], num_groups: int, rows_per_tile: int) ->
     first_n = first_E[jnp.where(kept_n, group_n, 0)]
     row_n = jnp.where(kept_n, first_n * rows_per_tile + rank_n, tiles * rows_per_tile)
     nothing_R = jnp.full(tiles * rows_per_tile, -1, jnp.int32)
-    choice_of_row = nothing_R.at[row_n].set(choice_n, mode="drop")
+    choice_of_row = nothing_R.at[row_n].set(jnp.arange(n, dtype=jnp.int32), mode="drop")
     tile_X = jnp.arange(tiles, dtype=jnp.int32)
     behind_E = first_E + used_E
     group_X = _count(behind_E[None, :] <= tile_X[:, None])
     tile_group = jnp.where(group_X < num_groups, group_X, -1)
     return Arrangement(choice_of_row, tile_group, jnp.reshape(row_n, group_TK.shape))
+
+
+def _rank_by_comparing(group_n: Int[Array, "n"]) -> Int[Array, "n"]:
+    """How many earlier choices have the group of each."""
+    choice_n = jnp.arange(group_n.size, dtype=jnp.int32)
+    same_nn = group_n[:, None] == group_n[None, :]
+    return _count(same_nn & (choice_n[None, :] < choice_n[:, None]))
+
+
+def _rank_by_sorting(group_n: Int[Array, "n"]) -> Int[Array, "n"]:
+    """The same."""
+    order_n = jnp.argsort(group_n, stable=True)
+    sorted_n = group_n[order_n]
+    place_n = jnp.arange(group_n.size, dtype=jnp.int32)
+    first_n = jnp.searchsorted(sorted_n, sorted_n).astype(jnp.int32)
+    return jnp.zeros_like(group_n).at[order_n].set(place_n - first_n, unique_indices=True)
 
 
 def _count(true_AB: jax.Array) -> jax.Array:

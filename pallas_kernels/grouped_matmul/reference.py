@@ -8,6 +8,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Num
 
 from .int4 import unpack_int4
 
@@ -44,17 +45,22 @@ def grouped_matmul_reference(x_RD, w, tile_group_X, scale, *, out_dtype, interpr
 @functools.partial(jax.checkpoint, prevent_cse=False)
 def _product(x_QD, w_DF, scale_SF):
     return jnp.dot(
-        x_QD.astype(jnp.float32), dequantise(w_DF, scale_SF), precision=jax.lax.Precision.HIGHEST
+        x_QD.astype(jnp.float32), dequantize(w_DF, scale_SF), precision=jax.lax.Precision.HIGHEST
     )
 
 
-def dequantise(w, scale) -> jax.Array:
-    """Weights [..., D, F] in float32 from what `grouped_matmul` takes: bytes of int4 unpacked."""
+def dequantize(
+    w: Num[Array, "*E stored F"], scale: Float[Array, "*E S F"] | None
+) -> Float[Array, "*E D F"]:
+    """The weights in float32 that `grouped_matmul` multiplies with: bytes of int4 unpacked.
+
+    `scale` None: the weights are whole, and only widened.
+    """
+    if scale is None:
+        return w.astype(jnp.float32)
     if w.dtype == jnp.uint8:
         w = unpack_int4(w, 2 * w.shape[-2] // scale.shape[-2])
     w = w.astype(jnp.float32)
-    if scale is None:
-        return w
     *experts, D, F = w.shape
     grouped = jnp.reshape(w, (*experts, scale.shape[-2], -1, F))
     return jnp.reshape(grouped * scale[..., None, :], (*experts, D, F))

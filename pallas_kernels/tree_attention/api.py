@@ -7,6 +7,7 @@ H head dimension, P pages in the pool, C tokens per page, R pages per sequence.
 import jax
 from jaxtyping import Array, Bool, Float, Int
 
+from ..choice import choose
 from .inputs import Inputs
 from .reference import tree_attention_reference
 from .triton import tree_attention_triton, unsupported
@@ -76,22 +77,13 @@ def tree_attention(
                 f"{name} has shape {factor.shape}, expected () or {k_tree_BXKH.shape[2:3]}"
             )
     reason = unsupported(q_BMNH, k_pages_PKCH)
-    if implementation is None:
-        on_gpu = jax.default_backend() == "gpu"
-        implementation = "triton" if on_gpu and not reason else "reference"
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"tree_attention has no implementation {implementation!r}; "
-            f"choose from {sorted(IMPLEMENTATIONS)}"
-        )
-    if implementation == "triton" and reason:
-        raise ValueError(f"the triton kernels cannot run this: {reason}; use 'reference'")
+    run = choose("tree_attention", IMPLEMENTATIONS, implementation, reason)
     inputs = Inputs(
         q_BMNH, k_tree_BXKH, v_tree_BXKH, k_pages_PKCH, v_pages_PKCH, page_table_BR, length_B,
         tree_mask_BMX, first_BM, k_scale, v_scale,
     )  # fmt: skip
     scale = q_BMNH.shape[-1] ** -0.5 if scale is None else scale
-    return IMPLEMENTATIONS[implementation](inputs, scale=scale, interpret=interpret)
+    return run(inputs, scale=scale, interpret=interpret)
 
 
 def _check_shapes(

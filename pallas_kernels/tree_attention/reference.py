@@ -113,7 +113,7 @@ def _block_pass(
     # Indexing the head as well makes the gather produce [B, K, R, C, H]: no transposition.
     index = pages_BR[:, None, :], jnp.arange(K)[None, :, None]
     k_BKSH, v_BKSH = (
-        _dequantise(jnp.reshape(pages[index], (B, K, -1, pages.shape[3])), factor, q_BKQH.dtype)
+        _dequantize(jnp.reshape(pages[index], (B, K, -1, pages.shape[3])), factor, q_BKQH.dtype)
         for pages, factor in zip((k_pages_PKCH, v_pages_PKCH), scales, strict=True)
     )
     position_1S = position + jnp.arange(k_BKSH.shape[2])[None, :]
@@ -131,7 +131,7 @@ def _clear(v_BKSH, used_BS):
     return jnp.where(used_BS[:, None, :, None], v_BKSH, jnp.zeros((), v_BKSH.dtype))
 
 
-def _dequantise(x_BKSH, factor, dtype):
+def _dequantize(x_BKSH, factor, dtype):
     if factor is None:
         return x_BKSH.astype(dtype)
     factor_K = jnp.broadcast_to(factor, x_BKSH.shape[1:2])
