@@ -9,6 +9,8 @@ Each rank of a mesh's data axis has pools, page ids and trash pages of its own, 
 behind the other's: functions that use page ids see those of one rank alone (`sharding.over_data`).
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -78,6 +80,19 @@ def init_cache(
         length=jnp.zeros(page_table_BR.shape[0], jnp.int32),
         num_layers=config.num_layers,
     )
+
+
+def cached_bytes(config: LlamaConfig) -> int:
+    """Of one cached number."""
+    return jnp.dtype(config.kv_dtype or config.dtype).itemsize
+
+
+def token_bytes(config: LlamaConfig, mesh: Mesh | None = None) -> int:
+    """Of one token's keys and values, in all layers, on each device that has it."""
+    shape = data_size(mesh) * config.num_layers, config.num_kv_heads, 1, config.head_dim
+    if mesh is not None:
+        shape = page_sharding(mesh).shard_shape(shape)
+    return 2 * cached_bytes(config) * math.prod(shape)
 
 
 def as_cached(x: Float[Array, "*shape"], dtype: str | None) -> Float[Array, "*shape"]:

@@ -5,14 +5,13 @@ the mesh has to be there. Times are floors (`roofline`).
 """
 
 import dataclasses
-import math
 from collections import Counter
 from typing import Any
 
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from . import hub
+from .cache import cached_bytes, token_bytes
 from .checkpoint import gguf, hf
 from .checkpoint.files import read_json
 from .config import KV_DTYPES, ConfigError, DraftConfig, LlamaConfig
@@ -24,7 +23,7 @@ from .load import check_fit
 from .memory import device_bytes, size_text
 from .quantize import quantized
 from .roofline import Accelerator, Floor, Roofline, WeightBytes, Weights
-from .sharding import TENSOR, data_size, fit, page_sharding
+from .sharding import TENSOR, data_size, fit
 from .tree import PLAIN, TreeShape, parse_tree
 
 CONTEXT = 8192
@@ -195,7 +194,7 @@ def make_plan(deployment: Deployment, mesh: Mesh, accelerator: Accelerator, memo
     return Plan(
         deployment,
         mesh,
-        Roofline(accelerator, mesh.shape[TENSOR], _cached_item(target)),
+        Roofline(accelerator, mesh.shape[TENSOR], cached_bytes(target)),
         memory,
         own,
         None if draft is None else draft_share(draft, mesh, own.per_weight.head),
@@ -254,7 +253,7 @@ def target_share(config: LlamaConfig, mesh: Mesh, expert_parallel: bool = False)
     groups = device_bytes(abstract_params(fitted), mesh, expert_parallel=expert_parallel)
     head = groups["head"] or groups["embedding"]  # tied
     per_weight = _per_weight(groups, head, Weights.of(config), mesh)
-    return Share(config, groups, _token_bytes(fitted, mesh), per_weight)
+    return Share(config, groups, token_bytes(fitted, mesh), per_weight)
 
 
 def draft_share(draft: DraftConfig, mesh: Mesh, target_head: float) -> Share:
@@ -271,7 +270,7 @@ def draft_share(draft: DraftConfig, mesh: Mesh, target_head: float) -> Share:
         if own is not None:  # the rows of the target's head are copied
             groups["head"] = head
     per_weight = _per_weight(groups, head, count, mesh)
-    return Share(draft, groups, _token_bytes(fitted, mesh), per_weight)
+    return Share(draft, groups, token_bytes(fitted, mesh), per_weight)
 
 
 def _per_weight(groups: Counter[str], head: int, count: Weights, mesh: Mesh) -> WeightBytes:
@@ -286,14 +285,3 @@ def _per_weight(groups: Counter[str], head: int, count: Weights, mesh: Mesh) -> 
         experts=each(groups["routed experts"], count.experts),
         head=each(head, count.head),
     )
-
-
-def _token_bytes(config: LlamaConfig, mesh: Mesh) -> int:
-    """Bytes of one token's keys and values on each device that has it."""
-    pools = data_size(mesh) * config.num_layers, config.num_kv_heads, 1, config.head_dim
-    return 2 * _cached_item(config) * math.prod(page_sharding(mesh).shard_shape(pools))
-
-
-def _cached_item(config: LlamaConfig) -> int:
-    """Bytes of one cached number."""
-    return jnp.dtype(config.kv_dtype or config.dtype).itemsize

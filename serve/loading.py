@@ -10,12 +10,12 @@ import tempfile
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from jax_eagle import hub, load_draft, load_target
+from jax_eagle.cache import token_bytes
 from jax_eagle.checkpoint.files import fingerprint
 from jax_eagle.compilation_cache import enable_compilation_cache
 from jax_eagle.draft import Draft
@@ -234,12 +234,9 @@ def num_pages(
     if config.num_gpu_blocks_override is not None:
         return config.num_gpu_blocks_override + 1
     layers = [target.config] + ([draft.config.layer] if draft is not None else [])
-    page_bytes = config.block_size * sum(
-        2 * c.num_layers * c.num_kv_heads * c.head_dim * jnp.dtype(c.kv_dtype or c.dtype).itemsize
-        for c in layers
-    )
+    each = sum(token_bytes(layer, target.backend.mesh) for layer in layers)
     needed = slots * -(-length // config.block_size)
-    room = _cache_bytes(config, target) * config.tensor_parallel_size // page_bytes
+    room = _cache_bytes(config, target) // (config.block_size * each)
     if room < 1:
         raise ValueError("no memory is left for the KV cache: raise --gpu-memory-utilization")
     return min(needed, room) + 1
