@@ -15,12 +15,11 @@ def read_share(name: str, devices: int = 8) -> tuple[LlamaConfig, DraftConfig]:
     """Shares of the target and the draft of a server's configuration (configs/NAME.yaml)."""
     target, draft = read_configs(read_deployment(f"configs/{name}.yaml"))
     assert draft is not None and draft.draft_vocab_size is not None
-    layer = dataclasses.replace(
-        share_of(draft.layer, devices), vocab_size=-(-target.vocab_size // devices)
-    )
-    return share_of(target, devices), dataclasses.replace(
-        draft, layer=layer, draft_vocab_size=draft.draft_vocab_size // devices
-    )
+    own = {
+        "layer": share_of(draft.layer, devices),
+        "draft_vocab_size": draft.draft_vocab_size // devices,
+    }
+    return share_of(target, devices), dataclasses.replace(draft, **own)
 
 
 def share_of(config: LlamaConfig, devices: int) -> LlamaConfig:

@@ -12,6 +12,8 @@ from scipy import stats
 
 from benchmarks.equal_text import compare
 from jax_eagle import Draft, SamplingParams, generate, generate_stream
+from jax_eagle.config import KV_DTYPES, Llama4Attention, MoE
+from jax_eagle.quantize import quantize
 
 pytestmark = pytest.mark.usefixtures("small_pages")
 
@@ -88,9 +90,24 @@ MIXED = [
 ]
 
 
-@pytest.fixture(scope="module")
-def target(make_target):
-    return make_target()
+LLAMA4 = {
+    "llama4": Llama4Attention(nope_layers=(1,), chunk=4, floor_scale=4),
+    "moe": MoE(num_experts=4, experts_per_token=1, layers=(1,), intermediate_size=32),
+}
+
+
+@pytest.fixture(
+    scope="module",
+    params=["llama3", *(pytest.param(n, marks=pytest.mark.slow) for n in ("llama4", "quantised"))],
+)
+def target(make_target, request):
+    """Llama 3; Llama 4 with experts, chunks and a NoPE layer; the same in fewer bits."""
+    if request.param == "llama3":
+        return make_target()
+    if request.param == "llama4":
+        return make_target(**LLAMA4)
+    schemes = "experts=int4,mlp=fp8,attention=int8,head=fp8,group_size=32"
+    return quantize(make_target(**LLAMA4, kv_dtype=KV_DTYPES["fp8"]), schemes)
 
 
 @pytest.fixture(scope="module")

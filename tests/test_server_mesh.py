@@ -33,11 +33,15 @@ QUANTISED = {"quantization": "int8", "kv_dtype": "fp8"}
 CASES = {
     "tp 8": (DENSE, {}, 1, "-tp", "8"),
     "tp 2 x dp 2": (DENSE, {}, 2, "-tp", "2", "-dp", "2"),
-    "ep 8": (EXPERTS, {}, 1, "-tp", "8", "--enable-expert-parallel"),
+    "tp 4 x dp 2": (DENSE, {}, 2, "-tp", "4", "-dp", "2"),
+    "experts, tp 8": (EXPERTS, {}, 1, "-tp", "8"),
+    "experts, tp 4 x dp 2": (EXPERTS, {}, 2, "-tp", "4", "-dp", "2"),
+    "experts, ep 8": (EXPERTS, {}, 1, "-tp", "8", "--enable-expert-parallel"),
     "quantised, dp 2": (DENSE, QUANTISED, 2, "-dp", "2", "-q", "int8", "--kv-cache-dtype", "fp8"),
 }
 """Model, how it is loaded, engines, flags."""
-SLOW = ("tp 8", "ep 8", "quantised, dp 2")
+FAST = ("tp 2 x dp 2",)
+"""The others run with `pytest -m slow`."""
 FLAGS = ("--max-num-batched-tokens", "64", "--max-model-len", "128")
 
 
@@ -52,7 +56,7 @@ def eight_devices(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=[pytest.mark.slow] * (case in SLOW)) for case in CASES]
+    "case", [pytest.param(case, marks=[pytest.mark.slow] * (case not in FAST)) for case in CASES]
 )
 def test_the_text_of_one_device(case, eight_devices, tmp_path):
     config, options, engines, *flags = CASES[case]
