@@ -87,8 +87,9 @@ def product_error(shape: MatmulShape, scheme: str, tokens: int, *, interpret: bo
     w_like, x_like = like["w"], like["x_RD"]
     if w_like.dtype == jnp.uint8:
         w = jnp.asarray(rng.integers(0, 256, w_like.shape), jnp.uint8)
-    else:
-        w = jnp.asarray(rng.integers(-7, 8, w_like.shape), w_like.dtype)
+    else:  # every exponent of fp8
+        w = jnp.asarray(100 * rng.standard_normal(w_like.shape) ** 3, jnp.float32)
+        w = jnp.clip(w, -120, 120).astype(w_like.dtype)
     scale = like["scale"]
     if scale is not None:
         scale = jnp.asarray(rng.uniform(0.01, 0.02, scale.shape), jnp.float32)

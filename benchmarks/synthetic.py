@@ -52,7 +52,14 @@ def make_state(
     stop_ids = jnp.full((batch, 8), -1, jnp.int32)
     limit = np.full(batch, room, np.int32)
     sampling = Sampling.stack([SamplingParams()] * batch)
-    return first_round(target, plan, carry, sampling, None, stop_ids, limit, width=room)
+    state = first_round(target, plan, carry, sampling, None, stop_ids, limit, width=room)
+    # Rows of their own: alike they would all hit the same experts.
+    root_B = jnp.arange(batch, dtype=jnp.int32) * 97 % target.config.vocab_size
+    state = state.replace(root=root_B)
+    if state.sync is None:
+        return state
+    tokens_BA = jnp.broadcast_to(root_B[:, None], state.sync.tokens.shape)
+    return state.replace(sync=state.sync.replace(tokens=tokens_BA))
 
 
 def abstract_models(

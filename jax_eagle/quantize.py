@@ -71,7 +71,7 @@ def quantize(model: Model, quantization: Quantization | str) -> Model:
     `load_target` and `load_draft` drop each one at once.
 
     Raises:
-      ConfigError: a quantization that does not fit the model, or a model that has one already.
+      ConfigError: a quantization that does not fit the model, or a model that has another one.
     """
     if isinstance(model, Draft):
         config = quantized_draft(model.config, quantization)
@@ -181,9 +181,11 @@ def quantized(layer: LlamaConfig, quantization: Quantization | str | None) -> Ll
     config = dataclasses.replace(layer, quantization=quantization)
     if (stored := layer.quantization) is None:
         return config
-    # Which layers a published file leaves as they are is the file's affair: Meta's leave the last.
     asked = config.quantization
-    if asked is None or dataclasses.replace(asked, skipped_layers=stored.skipped_layers) != stored:
+    assert asked is not None
+    # Which layers a published file leaves as they are is its own affair, unless somebody asks.
+    skipped = asked.skipped_layers or stored.skipped_layers
+    if dataclasses.replace(asked, skipped_layers=skipped) != stored:
         raise ConfigError(
             f"the weights are stored as {stored}: expected no quantization, or that one, given is "
             f"{asked}"

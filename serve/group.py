@@ -65,10 +65,12 @@ class Connection:
                 sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
         self._socket, self._file = sock, sock.makefile("rb")
         self._lock = threading.Lock()
+        self._patience = -1.0
 
-    def limit(self, seconds: float) -> None:
-        """From now on nothing waits longer than that for the other side."""
+    def limit(self, seconds: float | None) -> None:
+        """From now on nothing waits longer than that for the other side; None: for ever."""
         self._socket.settimeout(seconds)
+        self._patience = -1.0 if seconds is None else seconds
 
     def send(self, name: str, arrays: Iterable[Any] = (), **facts: Any) -> None:
         """Sends one message; OSError if the other side is gone. Safe from any thread."""
@@ -77,8 +79,12 @@ class Connection:
         text = json.dumps(head).encode()
         size = sum(x.nbytes for x in contiguous)
         parts = [_SIZES.pack(len(text), size), text, *(x.tobytes() for x in contiguous)]
-        with self._lock:
+        if not self._lock.acquire(timeout=self._patience):
+            raise OSError("does not read what it is sent")
+        try:
             self._socket.sendall(b"".join(parts))
+        finally:
+            self._lock.release()
 
     def receive(self) -> tuple[dict[str, Any], list[np.ndarray]]:
         """The next message: its name and facts, and its arrays.
@@ -208,7 +214,9 @@ def follow(config: ServerConfig) -> Connection:
     sock = socket.create_connection((config.master_addr, port), _MEET_SECONDS)
     sock.sendall(_HELLO.pack(token, config.node_rank))
     leader = Connection(sock)
+    leader.limit(2 * _MEET_SECONDS)  # until all the others have connected
     head, _ = leader.receive()
+    leader.limit(None)
     own, its = config.shared, head["flags"]
     for name in own:
         if own[name] != its.get(name):

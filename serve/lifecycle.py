@@ -2,8 +2,9 @@
 
 The socket listens at once, so that /health says 503 while the model loads; requests are taken when
 everything is compiled. SIGTERM and SIGINT drain: no new requests, the running ones get
-`shutdown_timeout` seconds, a second signal gives them none. Then the process ends with code 0. Of
-several processes the first one lives like this, and the end of any is the end of all.
+`shutdown_timeout` seconds, a second signal gives them none. Then the process ends with code 0, or
+with 1 if an engine does not come to its end. Of several processes the first one lives like this,
+and the end of any is the end of all.
 """
 
 import asyncio
@@ -30,7 +31,7 @@ FLUSH_SECONDS = 5
 """What clients get at the end to read answers that are finished."""
 
 
-STUCK_SECONDS = 30
+STUCK_SECONDS = 60
 """What an engine gets to end its last call, before a device or a process counts as frozen."""
 
 

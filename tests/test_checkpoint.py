@@ -389,12 +389,15 @@ def test_fingerprints_tell_checkpoints_apart(tmp_path):
 
     long = bytes(200_000)
     one = fingerprint(write("one", a=long, b=b"b"))
+    write("one", **{".when": b"downloaded"})
+    assert one == fingerprint(tmp_path / "one")
     assert one == fingerprint(write("same", b=b"b", a=long))
     others = [
         write("renamed", a=long, c=b"b"),
         write("shorter", a=long[1:], b=b"b"),
         write("begins otherwise", a=b"1" + long[1:], b=b"b"),
         write("ends otherwise", a=long[1:] + b"1", b=b"b"),
+        write("another middle", a=long[:100_000] + b"1" * 50_000 + long[:50_000], b=b"b"),
         write("one file", a=long),
     ]
     assert len({one, *map(fingerprint, others)}) == 1 + len(others)

@@ -270,7 +270,7 @@ def test_a_follower_that_is_frozen_does_not_hold_the_leader_for_ever(folder):
             group.leader.process.send_signal(signal.SIGTERM)
             group.leader.wait_for("draining")
             group.leader.process.send_signal(signal.SIGTERM)  # no time for the running requests
-            assert group.leader.process.wait(60) == 1
+            assert group.leader.process.wait(90) == 1
         assert "an engine has not answered for" in error_lines(group.leader.text())[0]
 
 

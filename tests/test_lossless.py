@@ -104,10 +104,11 @@ def target(make_target, request):
     """Llama 3; Llama 4 with experts, chunks and a NoPE layer; the same in fewer bits."""
     if request.param == "llama3":
         return make_target()
-    if request.param == "llama4":
-        return make_target(**LLAMA4)
-    schemes = "experts=int4,mlp=fp8,attention=int8,head=fp8,group_size=32"
-    return quantize(make_target(**LLAMA4, kv_dtype=KV_DTYPES["fp8"]), schemes)
+    kv_dtype = None if request.param == "llama4" else KV_DTYPES["fp8"]
+    target = make_target(4, **LLAMA4, kv_dtype=kv_dtype)  # 4: neither too sure nor indifferent
+    if kv_dtype is None:
+        return target
+    return quantize(target, "experts=int4,mlp=fp8,attention=int8,head=fp8,group_size=32")
 
 
 @pytest.fixture(scope="module")

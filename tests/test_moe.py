@@ -13,10 +13,11 @@ from hypothesis.extra import numpy as arrays
 
 from jax_eagle.cache import init_cache
 from jax_eagle.config import ConfigError, Llama4Attention, LlamaConfig, MoE
+from jax_eagle.generate import round_step
 from jax_eagle.layers import Kernel
 from jax_eagle.llama import Target, init_params
 from jax_eagle.moe import Experts, route, run_experts
-from jax_eagle.prefill import Prefill, extend_prompt
+from jax_eagle.prefill import Prefill, extend_prompt, start
 from jax_eagle.sharding import Backend, check_divides, make_mesh
 from tests.devices import on_eight_devices
 
@@ -178,6 +179,27 @@ def test_what_pads_a_chunk_of_a_prompt_reads_no_experts():
     whole, without = features(target), features(target.replace(params=dead))
     np.testing.assert_array_equal(whole[3], without[3])
     assert (whole[:3] != without[:3]).any(axis=1).all()
+
+
+def test_a_round_routes_the_rows_that_run(monkeypatch):
+    """Of a batch in which a row has ended, in a plain step."""
+    target, routed = Target(init_params(CONFIG, jax.random.key(0)), CONFIG), []
+
+    def watched(x_TD, weight_TK, expert_TK, *others):
+        jax.debug.callback(lambda experts: routed.append(np.asarray(experts)), expert_TK)
+        return run_experts(x_TD, weight_TK, expert_TK, *others)
+
+    plan, state = start(
+        target, None, [[1, 2], [3]], tree="plain", max_new_tokens=4, stop_token_ids=[]
+    )
+    monkeypatch.setattr("jax_eagle.moe.run_experts", watched)
+    ended = state.replace(finish=jnp.array([0, 1], jnp.int32))
+    jax.block_until_ready(
+        jax.jit(round_step, static_argnums=(1, 2, 3))(target, None, None, plan, ended)
+    )
+    jax.effects_barrier()
+    (experts_TK,) = routed
+    assert (experts_TK[0] >= 0).all() and (experts_TK[1:] == -1).all()
 
 
 def test_eight_devices_give_what_one_gives():
