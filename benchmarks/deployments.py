@@ -31,7 +31,9 @@ from .compiled import collectives, remade
 from .synthetic import abstract_models, abstract_round, make_plan
 
 CONFIGS = ("llama_3_3_70b", "llama_4_scout", "llama_4_maverick")
-BATCHES = (1, 8, 64)
+BATCHES = (1, 7, 8, 64)
+"""Neither 7 nor the 28 nodes of its trees are dimensions of a model: there no weights can be taken
+for activations."""
 TREE = "chain:3"
 CONTEXT = 8192
 MEMORY = 80e9
