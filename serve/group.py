@@ -190,7 +190,7 @@ class Leader:
         try:
             while True:
                 head, _ = follower.receive()
-                self._on_word(head["name"])
+                self._on_word(str(head.get("name")))
         except OSError as error:
             self._lose(rank, error)
 

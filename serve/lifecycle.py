@@ -80,7 +80,7 @@ class Ending:
         return task.done()
 
     def _receive(self) -> None:
-        (self.hurry if self.stop.is_set() else self.stop).set()
+        self._hear("hurry" if self.stop.is_set() else "stop")
 
     def _hear(self, word: str) -> None:
         (self.hurry if word == "hurry" else self.stop).set()
