@@ -280,11 +280,12 @@ def test_latencies_are_those_of_the_server(server, settings, endpoint):
     count(result, completed=4)
     assert result.problems == []
     latencies = result.latencies
-    # A busy machine only adds: the least of four, one after another, is nearly what was slept.
+    # A busy machine adds: the least of four, one after another, is nearly what was slept. Between
+    # two events it may also take away, where the first was seen late.
     assert 0.15 <= min(latencies["time to first token"]) < 0.22
-    assert 0.0099 <= min(latencies["time per output token"]) < 0.02  # 5 * 0.03 s for 15 tokens
+    assert 0.008 <= min(latencies["time per output token"]) < 0.02  # 5 * 0.03 s for 15 tokens
     assert 0.3 <= min(latencies["end to end"]) < 0.45
-    assert 0.028 <= np.median(latencies["gap between chunks"]) < 0.05
+    assert 0.025 <= np.median(latencies["gap between chunks"]) < 0.05
     assert [len(seconds) for seconds in latencies.values()] == [4, 4, 20, 4]
     assert sum(record.tokens for record in result.records) == 4 * 16
     assert result.throughput["output tokens/s"] == pytest.approx(64 / result.seconds)
