@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from .config import Llama4Attention, LlamaConfig
 from .packing import matmul, module_blocks, quantized_matmul
-from .quantization import Stored
+from .quantization import Stored, scale_path
 from .sharding import Backend
 
 _SPREAD = {"fp8": 1.0, "int8": 73.9, "int4": 4.6}
@@ -47,7 +47,7 @@ def declare_kernel(
     """The kernel [batch..., in..., out...] of a linear map as a parameter of `module`.
 
     Args:
-      name: "kernel", whose scales are "scale", or another one, whose scales are NAME_scale.
+      name: "kernel", or another one; that of its scales follows (`scale_path`).
       shapes: of batch (experts), inputs, outputs.
       axes: the logical axes of all of them.
       stored: how; None: in `dtype`, without scales.
@@ -63,6 +63,7 @@ def declare_kernel(
         return Kernel(module.param(name, partitioned(init, axes), shape, dtype))
     fan_in = math.prod(inputs)
     groups = stored.groups(fan_in)
+    (scale_name,) = scale_path((name,))
     values = module.param(
         name,
         partitioned(_random_values, axes),
@@ -70,7 +71,7 @@ def declare_kernel(
         jnp.dtype(stored.dtype),
     )
     scale = module.param(
-        "scale" if name == "kernel" else f"{name}_scale",
+        scale_name,
         partitioned(
             nn.initializers.constant(1 / (_SPREAD[stored.scheme] * fan_in**0.5)),
             (*axes[:first], axes[first] if groups > 1 else None, *axes[behind:]),

@@ -16,7 +16,7 @@ gate before up.
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -30,6 +30,19 @@ from .config import LlamaConfig
 from .layers import Kernel, Linear, SwiGLU, declare_kernel
 from .packing import matmul, quantized_matmul
 from .sharding import TENSOR, Backend
+
+
+class Routed(NamedTuple):
+    """Tokens, the experts that each takes, and all experts' kernels."""
+
+    x_TD: Float[Array, "T D"]
+    weight_TK: Float[Array, "T K"]
+    expert_TK: Int[Array, "T K"]
+    """A negative one is left out."""
+    gate_up: Kernel
+    """[E, D, 2, F] as it is stored, its scales [E, S, 2, F]."""
+    down: Kernel
+    """[E, F, D] as it is stored, its scales [E, S, D]."""
 
 
 class Experts(nn.Module):
@@ -62,18 +75,18 @@ class Experts(nn.Module):
             weight_TK, expert_TK = route(router(x_TD), moe.experts_per_token)
             if live_BM is not None:
                 expert_TK = jnp.where(jnp.reshape(live_BM, (-1, 1)), expert_TK, -1)
-        routed = x_TD, weight_TK, expert_TK, gate_up, down
+        routed = Routed(x_TD, weight_TK, expert_TK, gate_up, down)
         shared = SwiGLU(c, F, c.stored("mlp", self.layer), self.backend, name="shared")
         if self.backend.mesh is None:
             with jax.named_scope("experts"):
-                out_TD = run_experts(*routed, self.backend)
+                out_TD = run_experts(routed, self.backend)
             with jax.named_scope("shared_expert"):
                 return shared(x_BMD) + jnp.reshape(out_TD, x_BMD.shape)
         with jax.named_scope("shared_expert"):
             inner_BMF, shared_down, bias = shared.before_down(x_BMD)
             inner_TF = jnp.reshape(inner_BMF, (-1, F))
         with jax.named_scope("experts"):
-            out_TD = _sum_over_devices(*routed, inner_TF, shared_down, self.backend)
+            out_TD = _sum_over_devices(routed, inner_TF, shared_down, self.backend)
             out_BMD = jnp.reshape(out_TD, x_BMD.shape)
         return out_BMD if bias is None else out_BMD + jnp.reshape(bias, (1, 1, -1))
 
@@ -96,22 +109,14 @@ def route(
 
 
 def run_experts(
-    x_TD: Float[Array, "T D"],
-    weight_TK: Float[Array, "T K"],
-    expert_TK: Int[Array, "T K"],
-    gate_up: Kernel,
-    down: Kernel,
-    backend: Backend,
-    num_experts: int | None = None,
+    routed: Routed, backend: Backend, num_experts: int | None = None
 ) -> Float[Array, "T D"]:
     """The sum of expert(weight * x) over each token's experts; other experts are not read.
 
     Args:
-      expert_TK: the experts of each token; a negative one is left out.
-      gate_up: [E, D, 2, F] as it is stored, its scales [E, S, 2, F].
-      down: [E, F, D] as it is stored, its scales [E, S, D].
       num_experts: those that the choices fell on, if they are more than the E that are here.
     """
+    x_TD, weight_TK, expert_TK, gate_up, down = routed
     (T, K), E = expert_TK.shape, gate_up.values.shape[0]
     plan = arrange(expert_TK, E, rows_per_tile(T * K, num_experts or E))
     product = functools.partial(
@@ -128,26 +133,19 @@ def run_experts(
 
 
 def _sum_over_devices(
-    x_TD: Float[Array, "T D"],
-    weight_TK: Float[Array, "T K"],
-    expert_TK: Int[Array, "T K"],
-    gate_up: Kernel,
-    down: Kernel,
-    inner_TF: Float[Array, "T F"],
-    shared_down: Kernel,
-    backend: Backend,
+    routed: Routed, inner_TF: Float[Array, "T F"], shared_down: Kernel, backend: Backend
 ) -> Float[Array, "T D"]:
     """`run_experts` plus inner_TF @ shared_down: each device of the mesh makes a part of both."""
 
-    def part(x_TD, weight_TK, expert_TK, gate_up, down, inner_TF, shared_down):
-        num_here = num_experts = gate_up.values.shape[0]
+    def part(routed, inner_TF, shared_down):
+        num_here = num_experts = routed.gate_up.values.shape[0]
         if backend.expert_parallel:
             num_experts *= jax.lax.axis_size(TENSOR)
-            own_TK = expert_TK - jax.lax.axis_index(TENSOR) * num_here
+            own_TK = routed.expert_TK - jax.lax.axis_index(TENSOR) * num_here
             is_here_TK = (own_TK >= 0) & (own_TK < num_here)
-            expert_TK = jnp.where(is_here_TK, own_TK, -1)
+            routed = routed._replace(expert_TK=jnp.where(is_here_TK, own_TK, -1))
         alone = dataclasses.replace(backend, mesh=None)
-        routed_TD = run_experts(x_TD, weight_TK, expert_TK, gate_up, down, alone, num_experts)
+        routed_TD = run_experts(routed, alone, num_experts)
         values, scale = shared_down
         if scale is None:
             shared_TD = matmul(inner_TF, values, None)
@@ -158,11 +156,11 @@ def _sum_over_devices(
     if backend.expert_parallel:
         of_experts = P(TENSOR), P(TENSOR)
     else:
-        of_experts = P(None, None, None, TENSOR), _cut_inputs(down, None)
-    in_specs = P(), P(), P(), *of_experts, P(None, TENSOR), _cut_inputs(shared_down)
+        of_experts = P(None, None, None, TENSOR), _cut_inputs(routed.down, None)
+    in_specs = Routed._make([P(), P(), P(), *of_experts]), P(None, TENSOR), _cut_inputs(shared_down)
     # Unchecked: the kernels do not say how their outputs vary.
     return backend.on_each_device(part, in_specs, P(), check_vma=False)(
-        x_TD, weight_TK, expert_TK, gate_up, down, inner_TF, shared_down
+        routed, inner_TF, shared_down
     )
 
 

@@ -15,6 +15,12 @@ _QUANT_METHOD = "jax_eagle"
 as `Quantization` has it."""
 
 
+def scale_path(kernel_path: tuple[str, ...]) -> tuple[str, ...]:
+    """Where the scales of a kernel are: "scale" beside "kernel", NAME_scale beside another one."""
+    *module, name = kernel_path
+    return *module, "scale" if name == "kernel" else f"{name}_scale"
+
+
 class Stored(NamedTuple):
     """How the kernel of one linear map is stored, beside its scales in float32."""
 

@@ -27,7 +27,7 @@ from .eagle import abstract_draft_params
 from .llama import Target, abstract_params, target_placement
 from .packing import unpack_params
 from .placement import Placement
-from .quantization import STORED_DTYPES, Quantization, Stored
+from .quantization import STORED_DTYPES, Quantization, Stored, scale_path
 from .sharding import Backend
 
 _LARGEST = {"fp8": 448.0, "int8": 127.0, "int4": 7.0}
@@ -97,7 +97,6 @@ def _where(draft: Draft) -> Backend:
 class Form(NamedTuple):
     """How a quantised kernel is declared."""
 
-    scale_path: Path
     scheme: str
     group_size: int
     stack_axes: int
@@ -105,10 +104,9 @@ class Form(NamedTuple):
 
     def store(self, path: Path, kernel: jax.Array, placement: Placement) -> dict[Path, jax.Array]:
         """Values and scales of a kernel, by path, each device making those that it keeps."""
-        shardings = placement.sharding(path), placement.sharding(self.scale_path)
-        any_layer = self._replace(scale_path=())  # one program for all of them
-        values, scale = _store(any_layer, shardings, kernel)
-        return {path: values, self.scale_path: scale}
+        paths = path, scale_path(path)
+        shardings = tuple(placement.sharding(path) for path in paths)
+        return dict(zip(paths, _store(self, shardings, kernel), strict=True))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -145,14 +143,13 @@ def stored_forms(declared: Any) -> dict[Path, Form]:
     forms = {}
     for path, kernel in flat.items():
         stack_axes = int(path[-1] != "kernel")  # experts
-        scale_path = *path[:-1], f"{path[-1]}_scale" if stack_axes else "scale"
-        if scale_path in flat and kernel.dtype.name in _SCHEMES:
-            scale = flat[scale_path]
+        scale = flat.get(scale_path(path))
+        if scale is not None and kernel.dtype.name in _SCHEMES:
             scheme, output_axes = _SCHEMES[kernel.dtype.name], scale.ndim - stack_axes - 1
             stored = math.prod(kernel.shape[stack_axes : kernel.ndim - output_axes])
             num_inputs = stored * (2 if scheme == "int4" else 1)
             group_size = num_inputs // scale.shape[stack_axes]
-            forms[path] = Form(scale_path, scheme, group_size, stack_axes, output_axes)
+            forms[path] = Form(scheme, group_size, stack_axes, output_axes)
     return forms
 
 

@@ -161,7 +161,7 @@ def write_log(folder, steps, *, start=0, **options) -> str:
     screen = io.StringIO()
     with Log(folder, 10, step=start, console=Console(file=screen, width=200), **options) as log:
         for step in steps:
-            log.step(step, 100 * step, {"loss": 1 / step, "grad": 0.5})
+            log.step(step, 100 * step, {"loss": 1 / step, "flops_per_token": 10.0})
             if step % 2 == 0:
                 log.evaluation(step, 100 * step, made_up(1 + step / 10))
     return screen.getvalue()
@@ -210,7 +210,7 @@ def test_a_log_says_where_it_is_broken(tmp_path):
 
 
 def test_progress_tells_speed_and_share_of_the_peak(tmp_path):
-    shown = write_log(tmp_path, range(1, 3), flops_per_token=10.0, peak_flops=1e9)
+    shown = write_log(tmp_path, range(1, 3), peak_flops=1e9)
     assert "step 2: 200 tokens, loss 0.5000, " in shown and "of peak" in shown
     assert "step 2: acceptance length chain:3 1.200 [1.100, 1.300]" in shown
     record = next(read_metrics(tmp_path))

@@ -14,8 +14,6 @@ from jax_eagle.generate import decode
 from jax_eagle.llama import init_params
 from jax_eagle.prefill import start
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
-
 CONFIG = LlamaConfig(
     vocab_size=32, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2, num_kv_heads=2,
     head_dim=64, max_position=4096,

@@ -83,8 +83,9 @@ def with_softmax_router(target, monkeypatch):
 
 
 def with_scaled_outputs(target, monkeypatch):
-    def scaled(x_TD, weight_T1, *others):
-        return weight_T1 * run_experts(x_TD, jnp.ones_like(weight_T1), *others)
+    def scaled(routed, *others):
+        ones_T1 = jnp.ones_like(routed.weight_TK)
+        return routed.weight_TK * run_experts(routed._replace(weight_TK=ones_T1), *others)
 
     run_experts = moe.run_experts
     monkeypatch.setattr(moe, "run_experts", scaled)

@@ -16,7 +16,7 @@ from jax_eagle.config import ConfigError, Llama4Attention, LlamaConfig, MoE
 from jax_eagle.generate import round_step
 from jax_eagle.layers import Kernel
 from jax_eagle.llama import Target, init_params
-from jax_eagle.moe import Experts, route, run_experts
+from jax_eagle.moe import Experts, Routed, route, run_experts
 from jax_eagle.prefill import Prefill, extend_prompt, start
 from jax_eagle.sharding import Backend, check_divides, make_mesh
 from tests.devices import on_eight_devices
@@ -80,7 +80,8 @@ def test_the_largest_logits_are_chosen_and_the_first_of_equals(logits_TE, count)
 
 @jax.jit(static_argnums=5)
 def run(x_TD, weight_TK, expert_TK, gate_up, down, backend):
-    return run_experts(x_TD, weight_TK, expert_TK, Kernel(gate_up), Kernel(down), backend)
+    routed = Routed(x_TD, weight_TK, expert_TK, Kernel(gate_up), Kernel(down))
+    return run_experts(routed, backend)
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -183,11 +184,11 @@ def test_what_pads_a_chunk_of_a_prompt_reads_no_experts():
 
 def test_a_round_routes_the_rows_that_run(monkeypatch):
     """Of a batch in which a row has ended, in a plain step."""
-    target, routed = Target(init_params(CONFIG, jax.random.key(0)), CONFIG), []
+    target, seen = Target(init_params(CONFIG, jax.random.key(0)), CONFIG), []
 
-    def watched(x_TD, weight_TK, expert_TK, *others):
-        jax.debug.callback(lambda experts: routed.append(np.asarray(experts)), expert_TK)
-        return run_experts(x_TD, weight_TK, expert_TK, *others)
+    def watched(routed, *others):
+        jax.debug.callback(lambda experts: seen.append(np.asarray(experts)), routed.expert_TK)
+        return run_experts(routed, *others)
 
     plan, state = start(
         target, None, [[1, 2], [3]], tree="plain", max_new_tokens=4, stop_token_ids=[]
@@ -198,7 +199,7 @@ def test_a_round_routes_the_rows_that_run(monkeypatch):
         jax.jit(round_step, static_argnums=(1, 2, 3))(target, None, None, plan, ended)
     )
     jax.effects_barrier()
-    (experts_TK,) = routed
+    (experts_TK,) = seen
     assert (experts_TK[0] >= 0).all() and (experts_TK[1:] == -1).all()
 
 

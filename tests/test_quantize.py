@@ -19,7 +19,7 @@ from jax_eagle.checkpoint import eagle, hf, orbax
 from jax_eagle.config import ConfigError, DraftConfig, Llama4Attention, LlamaConfig, MoE
 from jax_eagle.llama import abstract_params, init_params, target_placement
 from jax_eagle.packing import quantized_matmul
-from jax_eagle.quantization import Quantization, Stored
+from jax_eagle.quantization import Quantization, Stored, scale_path
 from jax_eagle.quantize import quantize, quantize_kernel, stored_forms, target_forms
 from jax_eagle.sharding import Backend, check_divides, make_mesh
 from jax_eagle.tree import chain_tree
@@ -52,7 +52,7 @@ def dequantized(target: Target) -> Target:
     shapes = traverse_util.flatten_dict(abstract_params(config))
     for path, form in forms.items():
         stack = flat[path].shape[: form.stack_axes]
-        scale = flat.pop(form.scale_path)
+        scale = flat.pop(scale_path(path))
         groups = scale.shape[form.stack_axes]
         values = jnp.reshape(flat[path], (*stack, -1, scale[0].size // (groups if stack else 1)))
         whole = dequantize(values, jnp.reshape(scale, (*stack, groups, values.shape[-1])))

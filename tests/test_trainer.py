@@ -22,6 +22,7 @@ from train import checkpoint
 from train.config import TrainConfig, from_tree, load_config, to_tree
 from train.evaluate import Evaluator
 from train.log import read_metrics
+from train.throughput import step_flops
 from train.train import main
 from train.trainer import TrainingError, run
 
@@ -179,11 +180,18 @@ def test_sigterm_saves_and_ends_with_0(folder, whole):
 
 
 def test_begun_and_stopped_in_one_process(folder, whole):
-    run(config(folder, "halves"), stop_at=5)
+    """With the features that the other run kept: the target does not run, the state is the same."""
+    halves = config(folder, "halves", data_features=str(whole / "features"))
+    run(halves, stop_at=5)
     with pytest.raises(ConfigError, match="holds a run already; --resume it"):
-        run(config(folder, "halves"))
-    run(config(folder, "halves"), resume=True)
+        run(halves)
+    run(halves, resume=True)
     assert_same_state(state_of(folder / "halves"), state_of(whole))
+    target, draft = load_target(folder / "target").config, checkpoint.load_draft(whole).config
+    for name, kept in ("whole", False), ("halves", True):
+        flops = step_flops(halves, target, draft, kept=kept) / (2 * 64)  # batch, length
+        told = [r["flops_per_token"] for r in read_metrics(folder / name) if "loss" in r]
+        assert told == pytest.approx([flops] * len(told), rel=1e-6)
 
 
 def test_the_best_draft_is_exported_not_the_last(folder, monkeypatch):

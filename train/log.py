@@ -31,7 +31,6 @@ class Log:
         num_steps: int,
         *,
         step: int = 0,
-        flops_per_token: float | None = None,
         peak_flops: float | None = None,
         console: Console | None = None,
     ):
@@ -41,16 +40,14 @@ class Log:
           folder: of the run; it must exist.
           num_steps: of the whole run.
           step: the last one that is done; later records are cut off.
-          flops_per_token: of a step, target included; None: no share of the peak is shown.
-          peak_flops: floating-point operations a second that this machine can do at best.
+          peak_flops: floating-point operations a second that this machine can do at best; None:
+            no share of it is shown.
         """
         self._path = folder / METRICS
         before = _cut(self._path, step)
         self._begin = time.monotonic() - before.get("seconds", 0.0)
         self._mark = int(before.get("tokens", 0)), time.monotonic()
-        self._peak_tokens = None
-        if flops_per_token and peak_flops:
-            self._peak_tokens = peak_flops / flops_per_token
+        self._peak_flops = peak_flops
         self._file = self._path.open("a", encoding="utf-8")
         self._board = SummaryWriter(
             str(folder / "tensorboard"), purge_step=step + 1, filename_suffix=f".{step}"
@@ -76,7 +73,7 @@ class Log:
         self._board.close()
 
     def step(self, step: int, tokens: int, metrics: Mapping[str, float]) -> None:
-        """Metrics of training at a step, among them `loss`.
+        """Metrics of training at a step, among them `loss` and `flops_per_token`.
 
         Args:
           tokens: trained on since the run began; the speed is that since the last call.
@@ -86,8 +83,8 @@ class Log:
         speed = (tokens - last_tokens) / max(now - last, 1e-9)
         figures = {"tokens_per_second": speed}
         shown = f"{tokens:,} tokens, loss {metrics['loss']:.4f}, {speed:,.0f} tokens/s"
-        if self._peak_tokens is not None:
-            figures["peak_share"] = speed / self._peak_tokens
+        if self._peak_flops is not None:
+            figures["peak_share"] = speed * metrics["flops_per_token"] / self._peak_flops
             shown += f", {figures['peak_share']:.0%} of peak"
         self._progress.update(self._task, completed=step, description=shown)
         if not self._progress.console.is_terminal:  # where a bar would not be seen

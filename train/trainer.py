@@ -92,6 +92,7 @@ class Pending:
     output: StepOutput
     features: jax.Array | None
     """Of the rows, if they are to be kept."""
+    flops_per_token: float
 
 
 class Trainer:
@@ -196,13 +197,11 @@ class Trainer:
 
     def _log(self) -> Log:
         base = self.teacher.base
-        flops = step_flops(self.config, base.config, self.state.config, kept=self.store is not None)
         mesh = base.backend.mesh
         return Log(
             self.folder,
             self.num_steps,
             step=int(self.state.step),
-            flops_per_token=flops / (self.config.data.batch * self.config.data.length),
             peak_flops=measured_peak(base.config.dtype) * (1 if mesh is None else mesh.size),
         )
 
@@ -243,7 +242,8 @@ class Trainer:
         batch, new_features = self._on_device(rows)
         self.state, output = self.train_step(self.state, self.teacher, batch)
         jax.tree.map(lambda x: x.copy_to_host_async(), output)
-        done = Pending(step + 1, before, self.tokens, rows, output, new_features)
+        flops = self._flops_per_token(kept=batch.features is not None and new_features is None)
+        done = Pending(step + 1, before, self.tokens, rows, output, new_features, flops)
         self._pending.append(done)
         if len(self._pending) > _LAG:
             self._finish_step(self._pending.popleft())
@@ -260,13 +260,20 @@ class Trainer:
         features = teach(self.teacher, self.state.config, batch)
         return batch.replace(features=features), features
 
+    def _flops_per_token(self, *, kept: bool) -> float:
+        config, target = self.config, self.teacher.base.config
+        flops = step_flops(config, target, self.state.config, kept=kept)
+        return flops / (config.data.batch * config.data.length)
+
     def _finish_step(self, done: Pending) -> None:
         """What the host does with a step's results: look for failures, keep features, log."""
         if int(done.output.failed) != RUNNING:
             self._stop_at_failure(done)
         if self.store is not None and done.features is not None:
             self.store.write(done.rows["index"], np.asarray(done.features))
-        here = jax.tree.map(np.asarray, done.output.metrics)
+        tokens = jnp.float32(done.tokens - done.before[1])
+        flops = {"flops_per_token": Mean(done.flops_per_token * tokens, tokens)}
+        here = jax.tree.map(np.asarray, done.output.metrics | flops)
         self._window = {
             name: value + self._window[name] if name in self._window else value
             for name, value in here.items()

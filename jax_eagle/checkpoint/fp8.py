@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from ..config import LlamaConfig
-from ..quantization import Quantization
+from ..quantization import Quantization, scale_path
 from .experts import split_experts
 from .mapping import CheckpointError, Entry, Tensor
 
@@ -107,12 +107,11 @@ def _scale_name(part: Entry, tensors: Mapping[str, Tensor]) -> str | None:
 
 def _scale_entry(entry: Entry) -> Entry:
     """The parameter with the scales of a kernel, under a name of our own."""
-    *path, name = entry.path
     stack, first = (entry.shape[:1], 2) if entry.stack_shape else ((), entry.num_inputs)
     outputs = entry.shape[first:]
     return Entry(
         f"{entry.name}: scales",
-        (*path, f"{name}_scale" if stack else "scale"),
+        scale_path(entry.path),
         (*stack, 1, *outputs),
         interleaved=entry.interleaved,
         stack_shape=(*stack, _num_outputs(entry)),

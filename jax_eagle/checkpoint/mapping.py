@@ -22,6 +22,7 @@ import numpy as np
 
 from ..config import ConfigError, DraftConfig, LlamaConfig, MoE
 from ..placement import Placement
+from ..quantization import scale_path
 
 if TYPE_CHECKING:  # models import the tokenizer, and that imports this module
     from ..quantize import Form
@@ -276,7 +277,7 @@ def to_params(
     entry for their scales.
     """
     forms = forms or {}
-    scales = {form.scale_path for form in forms.values()}
+    scales = {scale_path(path) for path in forms}
     leaves: dict[tuple[str, ...], Any] = {}
     for entry in entries:
         path, array = entry.path, entry.to_param(tensors[entry.name].read())
