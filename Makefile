@@ -41,8 +41,10 @@ serve: $(RUN) ## serve a model over HTTP, as OpenAI's API does (ARGS="--help" li
 demo-data: $(TRAIN) ## make the data that `make train` takes; started again, it goes on
 	@$(BIN)/python -m train.library_text --packages $(PACKAGES) \
 	--text-out runs/data/library_text.jsonl --chat-out runs/data/library_chat.jsonl
-	@$(BIN)/python -m train.prompts --packages $(PACKAGES) --count 5000 --out runs/data/prompts.jsonl
-	@$(BIN)/python -m train.regenerate --prompts runs/data/prompts.jsonl --out runs/data/dialogues.jsonl
+	@$(BIN)/python -m train.prompts --packages $(PACKAGES) --count 5440 --self-share 0.7 --seed 7 \
+	--out runs/data/prompts.jsonl
+	@$(BIN)/python -m train.regenerate --prompts runs/data/prompts.jsonl --seed 7 --sampled-share 0 \
+	--out runs/data/dialogues.jsonl
 
 train: $(TRAIN) ## train a draft (CONFIG=configs/X.yaml, ARGS="--resume")
 	@$(BIN)/python -m train.train --config $(CONFIG) $(ARGS)
