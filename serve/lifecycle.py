@@ -29,8 +29,6 @@ from .request import together
 
 FLUSH_SECONDS = 5
 """What clients get at the end to read answers that are finished."""
-
-
 STUCK_SECONDS = 60
 """What an engine gets to end its last call, before a device or a process counts as frozen."""
 

@@ -92,7 +92,6 @@ class Pending:
     output: StepOutput
     features: jax.Array | None
     """Of the rows, if they are to be kept."""
-    flops_per_token: float
 
 
 class Trainer:
@@ -242,8 +241,7 @@ class Trainer:
         batch, new_features = self._on_device(rows)
         self.state, output = self.train_step(self.state, self.teacher, batch)
         jax.tree.map(lambda x: x.copy_to_host_async(), output)
-        flops = self._flops_per_token(kept=batch.features is not None and new_features is None)
-        done = Pending(step + 1, before, self.tokens, rows, output, new_features, flops)
+        done = Pending(step + 1, before, self.tokens, rows, output, new_features)
         self._pending.append(done)
         if len(self._pending) > _LAG:
             self._finish_step(self._pending.popleft())
@@ -271,9 +269,11 @@ class Trainer:
             self._stop_at_failure(done)
         if self.store is not None and done.features is not None:
             self.store.write(done.rows["index"], np.asarray(done.features))
-        tokens = jnp.float32(done.tokens - done.before[1])
-        flops = {"flops_per_token": Mean(done.flops_per_token * tokens, tokens)}
-        here = jax.tree.map(np.asarray, done.output.metrics | flops)
+        here = jax.tree.map(np.asarray, done.output.metrics)
+        tokens = done.tokens - done.before[1]
+        kept = self.store is not None and done.features is None
+        flops: Any = self._flops_per_token(kept=kept) * tokens, tokens
+        here["flops_per_token"] = Mean(*flops)
         self._window = {
             name: value + self._window[name] if name in self._window else value
             for name, value in here.items()
