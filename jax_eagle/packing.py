@@ -6,10 +6,12 @@ step, and speculation gains nothing. Blocks [out / 64, in, 64] are used as they 
 two EPYC cores in float32, kernel 1536 x 576: 16.1 -> 19.6 GB/s for one row, 12.6 -> 22.3 for two,
 9.9 -> 19.8 for four, 12.2 -> 16.0 for eight. A forward of SmolLM2-135M over four nodes takes 45 ms
 instead of 62. Where blocks are slower (many rows; one row and many columns) the ordinary kernel is
-used.
+used. Other processors read the kernel faster as it lies, because XLA multiplies blocks on one core
+and one core does not fill their memory bus: on two cores of an Intel Xeon (Ice Lake) 13.6 GB/s
+against 9.3 for four rows. So the machine is measured once (`blocks_pay`) before anything is packed.
 
 `Target.pack` and `Draft.pack` keep the blocks in the parameter tree, beside the kernel they repeat:
-parameters that are replaced take their blocks with them. A packed model is twice as large.
+parameters that are replaced take their blocks with them. A model with blocks is twice as large.
 
 On a GPU: one row is multiplied as eight (see `_padded`); blocks are not needed. Weights that
 multiply the same rows stay apart (`COMPILER_OPTIONS`). Quantised weights are half of the bytes or
@@ -18,11 +20,13 @@ less: a kernel widens them inside the product, and they never lie in memory in a
 """
 
 import functools
+import time
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import traverse_util
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Num
@@ -42,6 +46,9 @@ _COLUMNS = 64
 _MAX_ROWS = 8
 _MAX_COLUMNS_OF_ONE_ROW = 1024
 _GPU_ROWS = 8
+_PROBE_KERNELS = ((576, 1536), (1536, 576)) * 16
+_PROBE_ROWS = 4
+_PROBE_REPETITIONS = 12
 
 
 def matmul(
@@ -164,14 +171,48 @@ def module_blocks(module: nn.Module, kernel_DF: Float[Array, "D F"]) -> jax.Arra
 def pack_params(module: nn.Module, params: Any, *args, method: str | None = None) -> Any:
     """`params` with blocks beside the kernels; `args` are a call that reaches every kernel.
 
-    On other backends than a CPU, or spread over several devices, `params` as they are.
+    On other backends than a CPU, spread over several devices, or where blocks are slower: `params`
+    as they are.
     """
     if jax.default_backend() != "cpu" or len(jax.tree.leaves(params)[0].devices()) > 1:
+        return params
+    if not blocks_pay():
         return params
     made = _blocks(module, method, params, args)
     return traverse_util.unflatten_dict(
         traverse_util.flatten_dict(params) | traverse_util.flatten_dict(made)
     )
+
+
+@functools.cache
+def blocks_pay() -> bool:
+    """Whether this machine multiplies few rows faster by blocks than by kernels as they lie.
+
+    Measured once a process, in about a second: a chain of products, each of which waits for the one
+    before as in a model, over more weights than a cache holds.
+    """
+    kernels = [jnp.full(shape, 1e-3) for shape in _PROBE_KERNELS]
+    blocks = [column_blocks(kernel) for kernel in kernels]
+    x = jnp.ones((_PROBE_ROWS, kernels[0].shape[0]))
+    rivals = (kernels, [None] * len(kernels)), (kernels, blocks)
+    seconds = np.array(
+        [[_seconds_of_chain(x, *rival) for rival in rivals] for _ in range(_PROBE_REPETITIONS)]
+    )
+    as_they_lie, in_blocks = np.min(seconds, axis=0)  # least disturbed by what else runs here
+    return bool(in_blocks < as_they_lie)
+
+
+def _seconds_of_chain(x: jax.Array, kernels: list[Any], blocks: list[Any]) -> float:
+    begin = time.perf_counter()
+    jax.block_until_ready(_chain(x, kernels, blocks))
+    return time.perf_counter() - begin
+
+
+@jax.jit
+def _chain(x: jax.Array, kernels: list[Any], blocks: list[Any]) -> jax.Array:
+    for pair in zip(kernels, blocks, strict=True):
+        x = matmul(x, *pair)
+    return x
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

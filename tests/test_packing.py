@@ -8,7 +8,7 @@ from flax import traverse_util
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jax_eagle import Draft, Target, bench, generate
+from jax_eagle import Draft, Target, bench, generate, packing
 from jax_eagle.config import DraftConfig, LlamaConfig
 from jax_eagle.eagle import init_draft_params
 from jax_eagle.llama import init_params
@@ -34,6 +34,12 @@ def draft() -> Draft:
     return Draft(init_draft_params(config, jax.random.key(1)), ids, config)
 
 
+@pytest.fixture
+def blocks_pay(monkeypatch):
+    """Blocks are made whatever this machine would say."""
+    monkeypatch.setattr(packing, "blocks_pay", lambda: True)
+
+
 @given(seed=st.integers(0, 2**16), rows=st.sampled_from([1, 2, 3, 8, 9]))
 def test_product_in_blocks(seed, rows):
     rng = np.random.default_rng(seed)
@@ -50,6 +56,34 @@ def test_columns_that_fill_no_block_stay_as_they_are():
     assert column_blocks(jnp.ones((4, 96))) is None
 
 
+def test_a_machine_that_reads_kernels_faster_packs_nothing(target, draft, monkeypatch):
+    monkeypatch.setattr(packing, "blocks_pay", lambda: False)
+    assert target.pack().params is target.params and not target.pack().packed
+    assert draft.pack().params is draft.params
+
+
+def test_the_machine_is_measured_on_its_two_ways(monkeypatch):
+    seconds = {False: 3.0, True: 2.0}  # of kernels, of blocks
+
+    def chain(x, kernels, blocks):
+        return seconds[blocks[0] is not None]
+
+    monkeypatch.setattr(packing, "_seconds_of_chain", chain)
+    measure = packing.blocks_pay.__wrapped__
+    assert measure() is True
+    seconds[True] = 4.0
+    assert measure() is False
+
+
+def test_both_chains_compute_the_same():
+    kernels = [jnp.eye(64) * 2, jnp.ones((64, 128))]
+    x = jnp.arange(4 * 64, dtype=jnp.float32).reshape(4, 64)
+    as_they_lie = packing._chain(x, kernels, [None, None])
+    in_blocks = packing._chain(x, kernels, [column_blocks(kernel) for kernel in kernels])
+    np.testing.assert_allclose(as_they_lie, in_blocks, rtol=1e-6)
+
+
+@pytest.mark.usefixtures("blocks_pay")
 def test_every_kernel_with_whole_blocks_is_packed(target, draft):
     packed = target.pack()
     flat = traverse_util.flatten_dict(packed.params)
@@ -61,6 +95,7 @@ def test_every_kernel_with_whole_blocks_is_packed(target, draft):
     assert ("fc", BLOCKS) in traverse_util.flatten_dict(draft.pack().params)
 
 
+@pytest.mark.usefixtures("blocks_pay")
 def test_new_parameters_leave_the_blocks_behind(target):
     other = Target(init_params(CONFIG, jax.random.key(5)), CONFIG)
     prompt = [[3, 1, 4, 1, 5]]
@@ -69,6 +104,7 @@ def test_new_parameters_leave_the_blocks_behind(target):
     assert generate(swapped, None, prompt, max_new_tokens=8).tokens == expected
 
 
+@pytest.mark.usefixtures("blocks_pay")
 @pytest.mark.slow  # test_smollm2 does it with the real model
 def test_packed_models_give_the_same_text(target, draft):
     tree = "static:4"
