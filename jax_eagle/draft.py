@@ -25,7 +25,7 @@ from .cache import KV, PagedCache, commit
 from .config import DraftConfig
 from .eagle import EagleDraft, abstract_draft_params, smallest_call
 from .llama import Target
-from .packing import column_blocks, matmul, pack_params, quantized_matmul
+from .packing import matmul, pack_params, quantized_matmul, useful_blocks
 from .placement import Placement
 from .sampling import Purpose, Sampling, best, gumbel, processed_scores
 from .sharding import Backend, named_sharding
@@ -168,7 +168,7 @@ class Draft(struct.PyTreeNode):
         kernel = target.backend.shard(kernel, None, "vocab")
         if scale is not None:
             scale = target.backend.shard(scale, None, "vocab")
-        blocks = column_blocks(kernel) if target.packed and scale is None else None
+        blocks = useful_blocks(kernel) if target.packed and scale is None else None
         return CutHead(kernel, blocks, target.backend, scale)
 
     def to_target(self, tokens: Int[Array, "..."]) -> Int[Array, "..."]:

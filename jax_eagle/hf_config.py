@@ -188,10 +188,11 @@ def _llama4_from_hf(hf: Mapping[str, Any]) -> Llama4Attention:
     rotates = hf["no_rope_layers"] or [(i + 1) % interval for i in range(L)]
     if len(rotates) != L:
         raise ConfigError(f"no_rope_layers has {len(rotates)} entries for {L} layers")
-    kinds = ["chunked_attention" if rope else "full_attention" for rope in rotates]
-    if hf.get("layer_types") not in (None, kinds):
-        raise ConfigError("layer_types: expected chunked attention in the layers with RoPE alone")
     chunk = hf["attention_chunk_size"]
+    kinds = ["chunked_attention" if rope else "full_attention" for rope in rotates]
+    all_full = ["full_attention"] * L  # of a file without chunks, by some writers
+    if hf.get("layer_types") not in (None, kinds, *([] if chunk else [all_full])):
+        raise ConfigError("layer_types: expected chunked attention in the layers with RoPE alone")
     return Llama4Attention(
         nope_layers=tuple(i for i in range(L) if not rotates[i]),
         chunk=None if chunk is None else int(chunk),

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from .config import Llama4Attention, LlamaConfig
-from .packing import matmul, module_blocks, quantized_matmul
+from .packing import matmul, module_blocks, quantized_matmul, tied_head
 from .quantization import Stored, scale_path
 from .sharding import Backend
 
@@ -165,8 +165,7 @@ class Embed(nn.Module):
 
     def attend(self, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Logits in float32."""
-        kernel_DF = self.embedding.T
-        return matmul(x, kernel_DF, module_blocks(self, kernel_DF), jnp.float32)
+        return tied_head(x, self.embedding, module_blocks(self, self.embedding.T), jnp.float32)
 
 
 class SwiGLU(nn.Module):

@@ -6,9 +6,10 @@ step, and speculation gains nothing. Blocks [out / 64, in, 64] are used as they 
 two EPYC cores in float32, kernel 1536 x 576: 16.1 -> 19.6 GB/s for one row, 12.6 -> 22.3 for two,
 9.9 -> 19.8 for four, 12.2 -> 16.0 for eight. A forward of SmolLM2-135M over four nodes takes 45 ms
 instead of 62. Where blocks are slower (many rows; one row and many columns) the ordinary kernel is
-used. Other processors read the kernel faster as it lies, because XLA multiplies blocks on one core
-and one core does not fill their memory bus: on two cores of an Intel Xeon (Ice Lake) 13.6 GB/s
-against 9.3 for four rows. So the machine is measured once (`blocks_pay`) before anything is packed.
+used. Other processors read kernels faster as they lie when there are several rows, because XLA
+multiplies blocks on one core and one core does not fill their memory bus: on two cores of an Intel
+Xeon (Ice Lake) four rows pass the layers in 41 ms, with blocks in 55; one row in 33, with blocks in
+28. So the machine is measured once (`few_rows_pay`), and blocks without a use are not made.
 
 `Target.pack` and `Draft.pack` keep the blocks in the parameter tree, beside the kernel they repeat:
 parameters that are replaced take their blocks with them. A model with blocks is twice as large.
@@ -48,7 +49,6 @@ _MAX_COLUMNS_OF_ONE_ROW = 1024
 _GPU_ROWS = 8
 _PROBE_KERNELS = ((576, 1536), (1536, 576)) * 16
 _PROBE_ROWS = 4
-_PROBE_REPETITIONS = 12
 
 
 def matmul(
@@ -71,6 +71,37 @@ def matmul(
         return jax.lax.platform_dependent(
             x, kernel_DF, cuda=functools.partial(_padded, product), default=product
         )
+    return _in_blocks(x, blocks, dtype)
+
+
+def tied_head(
+    x: Float[Array, "... D"],
+    table_VD: Float[Array, "V D"],
+    blocks: Float[Array, "X D J"] | None,
+    dtype: Any = None,
+) -> Float[Array, "... V"]:
+    """x @ table.T, like `matmul`. On a CPU the table is multiplied as it lies, with few rows as
+    its columns: 8.4 ms for four rows of SmolLM2-135M on two cores of an Intel Xeon, 11.2 otherwise.
+    """
+    num_rows = x.size // x.shape[-1]
+    blocks_serve = blocks is not None and _pays(num_rows, table_VD.shape[0])
+    if num_rows > _MAX_ROWS or blocks_serve:
+        return matmul(x, table_VD.T, blocks, dtype)
+
+    def table_first(x, table_VD):
+        columns_DR = jnp.reshape(x, (num_rows, -1)).T
+        precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+        y_VR = jnp.matmul(table_VD, columns_DR, precision=precision, preferred_element_type=dtype)
+        return jnp.reshape(y_VR.T, (*x.shape[:-1], -1))
+
+    return jax.lax.platform_dependent(
+        x, table_VD, cpu=table_first, default=lambda x, table_VD: matmul(x, table_VD.T, None, dtype)
+    )
+
+
+def _in_blocks(x: jax.Array, blocks: jax.Array, dtype: Any) -> jax.Array:
+    num_rows = x.size // x.shape[-1]
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     rows_1RD = jnp.reshape(x, (1, num_rows, -1))
     rows_XRD = jnp.broadcast_to(rows_1RD, (blocks.shape[0], *rows_1RD.shape[1:]))
     y_XRJ = jax.lax.dot_general(
@@ -146,7 +177,13 @@ def unpack_params(params: Any) -> Any:
 def _pays(num_rows: int, num_columns: int) -> bool:
     if num_rows == 1:
         return num_columns <= _MAX_COLUMNS_OF_ONE_ROW
-    return num_rows <= _MAX_ROWS
+    return num_rows <= _MAX_ROWS and few_rows_pay()
+
+
+def useful_blocks(kernel_DF: Float[Array, "D F"]) -> Float[Array, "X D J"] | None:
+    """The kernel's blocks; None where `matmul` would not use them on this machine."""
+    used = _pays(1, kernel_DF.shape[1]) or _pays(2, kernel_DF.shape[1])
+    return column_blocks(kernel_DF) if used else None
 
 
 def column_blocks(kernel_DF: Float[Array, "D F"]) -> Float[Array, "X D J"] | None:
@@ -160,7 +197,7 @@ def column_blocks(kernel_DF: Float[Array, "D F"]) -> Float[Array, "X D J"] | Non
 def module_blocks(module: nn.Module, kernel_DF: Float[Array, "D F"]) -> jax.Array | None:
     """The blocks that lie beside a module's kernel. During `pack_params` they are made."""
     if module.is_mutable_collection(_PACKED):
-        blocks = column_blocks(kernel_DF)
+        blocks = useful_blocks(kernel_DF)
         if blocks is not None:
             module.put_variable(_PACKED, BLOCKS, blocks)
     if module.has_variable("params", BLOCKS):
@@ -171,12 +208,9 @@ def module_blocks(module: nn.Module, kernel_DF: Float[Array, "D F"]) -> jax.Arra
 def pack_params(module: nn.Module, params: Any, *args, method: str | None = None) -> Any:
     """`params` with blocks beside the kernels; `args` are a call that reaches every kernel.
 
-    On other backends than a CPU, spread over several devices, or where blocks are slower: `params`
-    as they are.
+    On other backends than a CPU, or spread over several devices, `params` as they are.
     """
     if jax.default_backend() != "cpu" or len(jax.tree.leaves(params)[0].devices()) > 1:
-        return params
-    if not blocks_pay():
         return params
     made = _blocks(module, method, params, args)
     return traverse_util.unflatten_dict(
@@ -185,34 +219,36 @@ def pack_params(module: nn.Module, params: Any, *args, method: str | None = None
 
 
 @functools.cache
-def blocks_pay() -> bool:
-    """Whether this machine multiplies few rows faster by blocks than by kernels as they lie.
+def few_rows_pay() -> bool:
+    """Whether this machine multiplies a few rows faster by blocks than by kernels as they lie.
 
     Measured once a process, in about a second: a chain of products, each of which waits for the one
     before as in a model, over more weights than a cache holds.
     """
-    kernels = [jnp.full(shape, 1e-3) for shape in _PROBE_KERNELS]
-    blocks = [column_blocks(kernel) for kernel in kernels]
-    x = jnp.ones((_PROBE_ROWS, kernels[0].shape[0]))
-    rivals = (kernels, [None] * len(kernels)), (kernels, blocks)
-    seconds = np.array(
-        [[_seconds_of_chain(x, *rival) for rival in rivals] for _ in range(_PROBE_REPETITIONS)]
-    )
+    with jax.ensure_compile_time_eval():  # whoever asks may be under a trace
+        kernels = [jnp.full(shape, 1e-3) for shape in _PROBE_KERNELS]
+        blocks = [column_blocks(kernel) for kernel in kernels]
+        x = jnp.ones((_PROBE_ROWS, kernels[0].shape[0]))
+        rivals = (kernels, _by_kernels), (blocks, _by_blocks)
+        seconds = [[_seconds(chain, x, weights) for weights, chain in rivals] for _ in range(12)]
     as_they_lie, in_blocks = np.min(seconds, axis=0)  # least disturbed by what else runs here
     return bool(in_blocks < as_they_lie)
 
 
-def _seconds_of_chain(x: jax.Array, kernels: list[Any], blocks: list[Any]) -> float:
+def _seconds(chain: Any, x: jax.Array, weights: list[Any]) -> float:
     begin = time.perf_counter()
-    jax.block_until_ready(_chain(x, kernels, blocks))
+    jax.block_until_ready(chain(x, weights))
     return time.perf_counter() - begin
 
 
 @jax.jit
-def _chain(x: jax.Array, kernels: list[Any], blocks: list[Any]) -> jax.Array:
-    for pair in zip(kernels, blocks, strict=True):
-        x = matmul(x, *pair)
-    return x
+def _by_kernels(x: jax.Array, kernels: list[jax.Array]) -> jax.Array:
+    return functools.reduce(lambda x, kernel: matmul(x, kernel, None), kernels, x)
+
+
+@jax.jit
+def _by_blocks(x: jax.Array, blocks: list[jax.Array]) -> jax.Array:
+    return functools.reduce(lambda x, each: _in_blocks(x, each, None), blocks, x)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

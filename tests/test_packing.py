@@ -34,10 +34,8 @@ def draft() -> Draft:
     return Draft(init_draft_params(config, jax.random.key(1)), ids, config)
 
 
-@pytest.fixture
-def blocks_pay(monkeypatch):
-    """Blocks are made whatever this machine would say."""
-    monkeypatch.setattr(packing, "blocks_pay", lambda: True)
+MEASURE = packing.few_rows_pay.__wrapped__
+"""As it is outside of tests (`blocks_serve`), without the memory of an earlier call."""
 
 
 @given(seed=st.integers(0, 2**16), rows=st.sampled_from([1, 2, 3, 8, 9]))
@@ -56,34 +54,45 @@ def test_columns_that_fill_no_block_stay_as_they_are():
     assert column_blocks(jnp.ones((4, 96))) is None
 
 
-def test_a_machine_that_reads_kernels_faster_packs_nothing(target, draft, monkeypatch):
-    monkeypatch.setattr(packing, "blocks_pay", lambda: False)
-    assert target.pack().params is target.params and not target.pack().packed
-    assert draft.pack().params is draft.params
+@given(seed=st.integers(0, 2**16), rows=st.sampled_from([1, 4, 9]))
+def test_tied_head_is_the_product_with_the_table_turned(seed, rows):
+    rng = np.random.default_rng(seed)
+    x, table = rng.standard_normal((rows, 20)), rng.standard_normal((2048, 20))
+    for blocks in (None, column_blocks(jnp.float32(table.T))):
+        y = packing.tied_head(jnp.float32(x).reshape(rows, 1, 20), jnp.float32(table), blocks)
+        np.testing.assert_allclose(y[:, 0], x @ table.T, rtol=1e-5, atol=1e-5)
 
 
-def test_the_machine_is_measured_on_its_two_ways(monkeypatch):
-    seconds = {False: 3.0, True: 2.0}  # of kernels, of blocks
-
-    def chain(x, kernels, blocks):
-        return seconds[blocks[0] is not None]
-
-    monkeypatch.setattr(packing, "_seconds_of_chain", chain)
-    measure = packing.blocks_pay.__wrapped__
-    assert measure() is True
-    seconds[True] = 4.0
-    assert measure() is False
+def test_only_blocks_that_serve_are_made(target, monkeypatch):
+    wide = jnp.ones((8, 2048))
+    assert packing.useful_blocks(wide) is not None
+    monkeypatch.setattr(packing, "few_rows_pay", lambda: False)
+    assert packing.useful_blocks(wide) is None
+    assert packing.useful_blocks(wide[:, :1024]) is not None  # one row takes them
+    several, wrong = jnp.ones((2, 20)), jnp.full((2, 20, 64), jnp.nan)
+    assert bool(jnp.all(packing.matmul(several, jnp.ones((20, 128)), wrong) == 20))
 
 
-def test_both_chains_compute_the_same():
+def test_the_faster_way_is_taken(monkeypatch):
+    seconds = {packing._by_kernels: 3.0, packing._by_blocks: 2.0}
+    monkeypatch.setattr(packing, "_seconds", lambda chain, x, weights: seconds[chain])
+    assert MEASURE() is True
+    seconds[packing._by_blocks] = 4.0
+    assert MEASURE() is False
+
+
+def test_the_machine_is_measured_under_a_trace_too(monkeypatch):
+    monkeypatch.setattr(packing, "_PROBE_KERNELS", ((64, 64),) * 2)
+    jax.jit(lambda x: (MEASURE(), x)[1])(1.0)
+
+
+def test_both_ways_compute_the_same():
     kernels = [jnp.eye(64) * 2, jnp.ones((64, 128))]
     x = jnp.arange(4 * 64, dtype=jnp.float32).reshape(4, 64)
-    as_they_lie = packing._chain(x, kernels, [None, None])
-    in_blocks = packing._chain(x, kernels, [column_blocks(kernel) for kernel in kernels])
-    np.testing.assert_allclose(as_they_lie, in_blocks, rtol=1e-6)
+    by_blocks = packing._by_blocks(x, [column_blocks(kernel) for kernel in kernels])
+    np.testing.assert_allclose(packing._by_kernels(x, kernels), by_blocks, rtol=1e-6)
 
 
-@pytest.mark.usefixtures("blocks_pay")
 def test_every_kernel_with_whole_blocks_is_packed(target, draft):
     packed = target.pack()
     flat = traverse_util.flatten_dict(packed.params)
@@ -95,7 +104,6 @@ def test_every_kernel_with_whole_blocks_is_packed(target, draft):
     assert ("fc", BLOCKS) in traverse_util.flatten_dict(draft.pack().params)
 
 
-@pytest.mark.usefixtures("blocks_pay")
 def test_new_parameters_leave_the_blocks_behind(target):
     other = Target(init_params(CONFIG, jax.random.key(5)), CONFIG)
     prompt = [[3, 1, 4, 1, 5]]
@@ -104,7 +112,6 @@ def test_new_parameters_leave_the_blocks_behind(target):
     assert generate(swapped, None, prompt, max_new_tokens=8).tokens == expected
 
 
-@pytest.mark.usefixtures("blocks_pay")
 @pytest.mark.slow  # test_smollm2 does it with the real model
 def test_packed_models_give_the_same_text(target, draft):
     tree = "static:4"
