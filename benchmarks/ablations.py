@@ -42,8 +42,13 @@ VARIANTS: dict[str, list[str]] = {
     "eagle3, unroll 3": [*EAGLE3, "draft.start=random", "loss.unroll=3"],
 }
 """Keys changed in each variant, all at the same number of tokens."""
-CURVE = {"tokens x1/4": 0.25, "tokens x1/2": 0.5, "tokens x2": 2.0}
-"""Of the base, besides."""
+LONGER: dict[str, tuple[str, int]] = {
+    "base, tokens x2": ("base", 2),
+    "base, tokens x4": ("base", 4),
+    "layers 3, tokens x4": ("layers 3", 4),
+    "eagle3, unroll 3, tokens x4": ("eagle3, unroll 3", 4),
+}
+"""Variants on so many times the tokens."""
 
 
 def settings(tokens: int, source: str, where: Path, keys: list[str]) -> list[str]:
@@ -96,9 +101,10 @@ def main(
     ),
     tokens: Annotated[int, typer.Option(help="Of each variant.")] = 150_000,
     source: Annotated[str, typer.Option(help="Chats, JSONL.")] = "runs/data/dialogues.jsonl",
-    original: Annotated[
-        str | None, typer.Option(help="The same chats before the target answered them.")
+    regenerated: Annotated[
+        str | None, typer.Option(help="Chats with answers of the target, by train.regenerate ...")
     ] = None,
+    original: Annotated[str | None, typer.Option(help="... and the same before it did.")] = None,
     only: Annotated[list[str] | None, typer.Option(help="These variants; repeatable.")] = None,
     where: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs/ablations"),
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
@@ -106,10 +112,11 @@ def main(
     """Trains every variant and compares acceptance."""
     enable_compilation_cache()
     cases = {name: settings(tokens, source, where, keys) for name, keys in VARIANTS.items()}
-    for name, factor in CURVE.items():
-        cases[name] = settings(round(tokens * factor), source, where, [])
-    if original is not None:
-        cases["original answers"] = settings(tokens, original, where / "original", [])
+    for name, (variant_name, factor) in LONGER.items():
+        cases[name] = settings(tokens * factor, source, where, VARIANTS[variant_name])
+    for name, path in {"regenerated": regenerated, "original": original}.items():
+        if path is not None:
+            cases[f"{name} answers"] = settings(tokens, path, where / name, [])
     if unknown := set(only or ()) - set(cases):
         raise ConfigError(f"variant {min(unknown)!r}: expected {', '.join(cases)}")
     rows = []
