@@ -59,7 +59,8 @@ def settings(tokens: int, source: str, where: Path, keys: list[str]) -> list[str
         "data.epochs=1",
         f"data.features={where / kept}",
         "evaluation.prompts=[mt-bench, humaneval]",
-        "evaluation.every=1000000",
+        "evaluation.trees=[chain:3]",
+        "evaluation.every=null",
         "checkpoint.minutes=1000000",
         *keys,
     ]

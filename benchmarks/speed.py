@@ -1,9 +1,10 @@
-"""Speed-up over plain decoding per tree, and the plain step against the memory-bandwidth floor.
+"""Speed-up over plain decoding, by tree and draft; the plain step against the time to read memory.
 
     python -m benchmarks.speed --tree static:4 --tree chain:3
+    python -m benchmarks.speed --draft runs/one/draft --draft runs/three/draft --whole-vocabulary
 
-Batch 1, greedy, interleaved in one process (`jax_eagle.bench` says how). Ratios are medians over
-pairs of runs of the same prompt.
+Batch 1, greedy, interleaved in one process, one draft after the other (`jax_eagle.bench` says how).
+Ratios are medians over pairs of runs of the same prompt.
 """
 
 import dataclasses
@@ -16,7 +17,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from jax_eagle import bench, load_draft, load_target
+from jax_eagle import Draft, Target, bench, load_draft, load_target
 from jax_eagle.compilation_cache import enable_compilation_cache
 from jax_eagle.machine import describe_machine
 from jax_eagle.program import run_program
@@ -26,7 +27,10 @@ from jax_eagle.prompts import as_chat, mt_bench
 def main(
     tree: Annotated[list[str] | None, typer.Option(help="Tree; may be repeated.")] = None,
     model: Annotated[str, typer.Option()] = "smollm2-135m-instruct",
-    draft: Annotated[str, typer.Option()] = "smollm2-135m-instruct-eagle",
+    draft: Annotated[list[str] | None, typer.Option(help="Draft; may be repeated.")] = None,
+    whole_vocabulary: Annotated[
+        bool, typer.Option(help="Each draft also as one that proposes from the whole vocabulary.")
+    ] = False,
     prompts: Annotated[int, typer.Option(help="So many MT-Bench questions.")] = 20,
     new_tokens: Annotated[int, typer.Option()] = 64,
     repetitions: Annotated[int, typer.Option()] = 1,
@@ -35,31 +39,29 @@ def main(
     """Measures the speed of each tree against plain decoding."""
     enable_compilation_cache()
     target = load_target(model).pack()
-    head = load_draft(draft, target).pack()
     trees = tree or ["chain:1", "static:3", "static:4", "chain:3", "static:8"]
     step = max(1, 80 // prompts)
     batches = [[row] for row in as_chat(target, mt_bench()[::step][:prompts])]
-    bench.warm_up(target, head, batches, trees, max_new_tokens=new_tokens)
     sample = bench.bandwidth_probe()
-    runs, bandwidths = [], []
-    total = len(batches) * repetitions * (len(trees) + 1)
-    measured = bench.measure(
-        target, head, batches, trees, max_new_tokens=new_tokens, repetitions=repetitions
-    )
-    for i, run in enumerate(track(measured, total=total, description="speed")):
-        runs.append(run)
-        if i % 10 == 0:
-            bandwidths.append(sample())
-    summaries, floor = bench.summarise(runs), bench.floor(target, runs, bandwidths)
+    rows, runs, bandwidths = [], [], []
+    for name, head in heads(draft or ["smollm2-135m-instruct-eagle"], target, whole_vocabulary):
+        bench.warm_up(target, head, batches, trees, max_new_tokens=new_tokens)
+        total = len(batches) * repetitions * (len(trees) + 1)
+        measured = bench.measure(
+            target, head, batches, trees, max_new_tokens=new_tokens, repetitions=repetitions
+        )
+        own = []
+        for i, run in enumerate(track(measured, total=total, description=name)):
+            own.append(run)
+            if i % 10 == 0:
+                bandwidths.append(sample())
+        layers, vocabulary = head.config.layer.num_layers, head.config.draft_vocab_size
+        what = {"draft": name, "layers": layers, "vocabulary": vocabulary}
+        rows += [what | dataclasses.asdict(row) for row in bench.summarise(own)]
+        runs += own
+    floor = bench.floor(target, runs, bandwidths)
 
-    table = Table("tree", "acceptance length", "tokens/s", "ratio to plain", "quartiles")
-    for row in summaries:
-        low, high = row.ratio_quartiles
-        table.add_row(
-            row.tree, f"{row.acceptance_length:.3f}", f"{row.tokens_per_second:.1f}",
-            f"{row.ratio:.3f}", f"{low:.3f} .. {high:.3f}",
-        )  # fmt: skip
-    Console().print(table)
+    show(rows)
     print(
         f"plain step {1e3 * floor.step_seconds:.1f} ms; floor {1e3 * floor.floor_seconds:.1f} ms "
         f"({floor.weight_bytes / 1e6:.0f} MB at {floor.bytes_per_second / 1e9:.1f} GB/s): "
@@ -68,11 +70,39 @@ def main(
     if out:
         results = {
             "machine": describe_machine(),
-            "trees": [dataclasses.asdict(row) for row in summaries],
+            "trees": rows,
             "floor": dataclasses.asdict(floor) | {"share": floor.share},
         }
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def heads(names: list[str], target: Target, whole_vocabulary: bool) -> list[tuple[str, Draft]]:
+    """The drafts, packed; with `whole_vocabulary` each of them once more, without its own."""
+    found = []
+    for name in names:
+        draft = load_draft(name, target)
+        found.append((name, draft.pack()))
+        if whole_vocabulary and draft.draft_to_target is not None and not draft.config.own_head:
+            config = dataclasses.replace(draft.config, draft_vocab_size=None)
+            found.append((name, draft.replace(config=config, draft_to_target=None).pack()))
+    return found
+
+
+def show(rows: list[dict]) -> None:
+    """One line a draft and tree."""
+    table = Table(
+        "draft", "layers", "vocabulary", "tree", "acceptance length", "tokens/s",
+        "ratio to plain", "quartiles",
+    )  # fmt: skip
+    for row in rows:
+        low, high = row["ratio_quartiles"]
+        table.add_row(
+            row["draft"], str(row["layers"]), str(row["vocabulary"] or "whole"), row["tree"],
+            f"{row['acceptance_length']:.3f}", f"{row['tokens_per_second']:.1f}",
+            f"{row['ratio']:.3f}", f"{low:.3f} .. {high:.3f}",
+        )  # fmt: skip
+    Console().print(table)
 
 
 if __name__ == "__main__":

@@ -181,12 +181,15 @@ def test_sigterm_saves_and_ends_with_0(folder, whole):
 
 def test_begun_and_stopped_in_one_process(folder, whole):
     """With the features that the other run kept: the target does not run, the state is the same."""
-    halves = config(folder, "halves", data_features=str(whole / "features"))
+    changes = {"data_features": str(whole / "features"), "evaluation_every": None}
+    halves = config(folder, "halves", **changes)
     run(halves, stop_at=5)
     with pytest.raises(ConfigError, match="holds a run already; --resume it"):
         run(halves)
     run(halves, resume=True)
     assert_same_state(state_of(folder / "halves"), state_of(whole))
+    evaluated = [r["step"] for r in read_metrics(folder / "halves") if "chains" in r]
+    assert evaluated == [state_of(whole)["progress"]["feed"]["given"]]
     target, draft = load_target(folder / "target").config, checkpoint.load_draft(whole).config
     for name, kept in ("whole", False), ("halves", True):
         flops = step_flops(halves, target, draft, kept=kept) / (2 * 64)  # batch, length

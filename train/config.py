@@ -195,8 +195,8 @@ class EvaluationConfig:
     """Deepest drafted token whose acceptance is counted."""
     trees: tuple[str, ...] = ("chain:3", "static:8")
     """The first one chooses the best checkpoint."""
-    every: int = 500
-    """Steps between evaluations."""
+    every: int | None = 500
+    """Steps between evaluations, the first of them before any step; None: at the end alone."""
 
     def __post_init__(self):
         _at_least(1, num_prompts=self.num_prompts, depth=self.depth, every=self.every)

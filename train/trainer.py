@@ -214,12 +214,12 @@ class Trainer:
         end = self.num_steps if stop_at is None else min(stop_at, self.num_steps)
         self._begun, self._saved = time.monotonic() - self.seconds, time.monotonic()
         step = int(self.state.step)
-        if step % self.config.evaluation.every == 0 and not self._was_evaluated(step):
+        if self._evaluation_is_due(step) and not self._was_evaluated(step):
             self._evaluate()  # the first point of the curve; or killed before this was done
         while step < end and not self._stop.received and not self._is_out_of_time():
             self._one_step(step)
             step += 1
-            evaluate = step % self.config.evaluation.every == 0 and step < self.num_steps
+            evaluate = self._evaluation_is_due(step) and step < self.num_steps
             if evaluate or self._save_is_due(step):
                 self._save()
             if evaluate:
@@ -340,6 +340,10 @@ class Trainer:
         self._drain()
         self.checkpoints.save(self.state, self._progress())
         self._saved = time.monotonic()
+
+    def _evaluation_is_due(self, step: int) -> bool:
+        every = self.config.evaluation.every
+        return every is not None and step % every == 0
 
     def _was_evaluated(self, step: int) -> bool:
         name = f"acceptance_length/{self.config.evaluation.trees[0]}"
