@@ -1,6 +1,13 @@
-"""What helps a draft, at equal numbers of tokens: one run of the trainer a variant.
+r"""What helps a draft, at equal numbers of tokens: one run of the trainer a variant.
 
-    python -m benchmarks.ablations --out benchmarks/results/ablations_cpu.json
+    make demo-data    # 1,536 dialogues are enough
+    shuf -n 512 runs/data/library_chat.jsonl > runs/data/original.jsonl
+    python -m train.regenerate --prompts runs/data/original.jsonl --seed 7 --sampled-share 0 \
+      --out runs/data/regenerated.jsonl
+    cat runs/data/dialogues.jsonl runs/data/regenerated.jsonl | shuf > runs/data/ablation.jsonl
+    python -m benchmarks.ablations --tokens 100000 --source runs/data/ablation.jsonl \
+      --original runs/data/original.jsonl --regenerated runs/data/regenerated.jsonl \
+      --out benchmarks/results/ablations_cpu.json
 
 Every variant is the base config with some keys changed, on text cut to the same number of tokens,
 each seen once, with the same seed and the same evaluation. Differences below the intervals over

@@ -39,6 +39,8 @@ from pallas_kernels.grouped_matmul.shapes import (
 )
 from pallas_kernels.grouped_matmul.triton import grouped_matmul_triton
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
 # groups, tiles, rows a tile, inputs, outputs
 LAYERS = {
     "experts": (4, 5, 4, 128, 48),

@@ -15,6 +15,8 @@ from jax_eagle.config import ConfigError
 from train.config import FEATURE_LOSSES, LOGIT_LOSSES, LossConfig
 from train.loss import Heads, Positions, distillation_loss
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
 B, T, J, D, E, U = 2, 7, 2, 8, 6, 20
 KINDS = [(f, z) for f in FEATURE_LOSSES for z in LOGIT_LOSSES if (f, z) != ("none", "none")]
 

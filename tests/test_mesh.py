@@ -38,6 +38,8 @@ from jax_eagle.tree import chain_tree
 from tests.conftest import random_params
 from tests.devices import on_eight_devices
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
 DENSE = LlamaConfig(
     vocab_size=16, hidden_size=32, intermediate_size=48, num_layers=1, num_heads=8, num_kv_heads=2,
     head_dim=16, max_position=64,

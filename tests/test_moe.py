@@ -21,6 +21,8 @@ from jax_eagle.prefill import Prefill, extend_prompt, start
 from jax_eagle.sharding import Backend, check_divides, make_mesh
 from tests.devices import on_eight_devices
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
 T, D, E, F = 5, 32, 4, 64
 CONFIG = LlamaConfig(
     vocab_size=8, hidden_size=D, intermediate_size=48, num_layers=2, num_heads=8, num_kv_heads=8,

@@ -23,6 +23,8 @@ from jax_eagle.sampling import (
     uniform,
 )
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
 B, M, V = 3, 2, 11
 
 jitted_scores = jax.jit(processed_scores)

@@ -16,6 +16,8 @@ from pallas_kernels.tree_attention import tree_attention
 from pallas_kernels.tree_attention.shapes import SHAPES as MODEL_SHAPES
 from pallas_kernels.tree_attention.shapes import abstract_inputs
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
 # B, M, X, N, K, H, C, R
 SHAPES = {
     "gqa": (2, 5, 5, 4, 2, 16, 4, 3),

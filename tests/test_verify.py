@@ -15,6 +15,8 @@ from jax_eagle.sampling import Sampling, SamplingParams
 from jax_eagle.tree import Tree, ancestor_mask, parse_tree, tree_arrays
 from jax_eagle.verify import DraftLaw, verify
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
 jitted = jax.jit(verify, static_argnames=("max_depth", "max_children"))
 
 
