@@ -176,7 +176,7 @@ class Target(struct.PyTreeNode):
         return any(BLOCKS in path for path in traverse_util.flatten_dict(self.params))
 
     def pack(self) -> "Target":
-        """On a CPU, the target with its weights in blocks as well: faster rounds, twice the memory.
+        """On a CPU, the target with its weights in blocks as well: faster, up to twice as large.
 
         On other backends, or spread over several devices, the target itself. See `packing`.
         """

@@ -12,7 +12,7 @@ Xeon (Ice Lake) four rows pass the layers in 41 ms, with blocks in 55; one row i
 28. So the machine is measured once (`few_rows_pay`), and blocks without a use are not made.
 
 `Target.pack` and `Draft.pack` keep the blocks in the parameter tree, beside the kernel they repeat:
-parameters that are replaced take their blocks with them. A model with blocks is twice as large.
+parameters that are replaced take their blocks with them. All its blocks double a model.
 
 On a GPU: one row is multiplied as eight (see `_padded`); blocks are not needed. Weights that
 multiply the same rows stay apart (`COMPILER_OPTIONS`). Quantised weights are half of the bytes or
@@ -49,7 +49,7 @@ _MAX_COLUMNS_OF_ONE_ROW = 1024
 _GPU_ROWS = 8
 _PROBE_KERNELS = ((576, 1536), (1536, 576)) * 16
 _PROBE_ROWS = 4
-_MARGIN = 1.2  # on a busy machine one core is as good as two, and may be again alone later
+_MARGIN = 1.2  # while others work, blocks on one core look as fast as kernels on two
 
 
 def matmul(
@@ -197,7 +197,7 @@ def column_blocks(kernel_DF: Float[Array, "D F"]) -> Float[Array, "X D J"] | Non
 
 def module_blocks(module: nn.Module, kernel_DF: Float[Array, "D F"]) -> jax.Array | None:
     """The blocks that lie beside a module's kernel. During `pack_params` they are made."""
-    if module.is_mutable_collection(_PACKED):
+    if module.is_mutable_collection(_PACKED) and not module.is_initializing():
         blocks = useful_blocks(kernel_DF)
         if blocks is not None:
             module.put_variable(_PACKED, BLOCKS, blocks)

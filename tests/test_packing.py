@@ -1,5 +1,7 @@
 """Weights in column blocks: the same products, beside the kernels they repeat."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,8 +12,8 @@ from hypothesis import strategies as st
 
 from jax_eagle import Draft, Target, bench, generate, packing
 from jax_eagle.config import DraftConfig, LlamaConfig
-from jax_eagle.eagle import init_draft_params
-from jax_eagle.llama import init_params
+from jax_eagle.eagle import abstract_draft_params, init_draft_params
+from jax_eagle.llama import abstract_params, init_params
 from jax_eagle.packing import BLOCKS, column_blocks, matmul
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
@@ -84,6 +86,18 @@ def test_the_faster_way_is_taken(monkeypatch):
 def test_the_machine_is_measured_under_a_trace_too(monkeypatch):
     monkeypatch.setattr(packing, "_PROBE_KERNELS", ((64, 64),) * 2)
     jax.jit(lambda x: (MEASURE(), x)[1])(1.0)
+
+
+def test_shapes_alone_measure_nothing(monkeypatch):
+    def refuse():
+        raise AssertionError("measured")
+
+    monkeypatch.setattr(packing, "few_rows_pay", refuse)
+    wide = dataclasses.replace(CONFIG, intermediate_size=2048)
+    abstract_params(wide)
+    abstract_draft_params(DraftConfig.for_target(wide))
+    with pytest.raises(AssertionError, match="measured"):
+        Target(init_params(wide, jax.random.key(0)), wide).pack()
 
 
 def test_both_ways_compute_the_same():
