@@ -11,7 +11,9 @@ r"""What helps a draft, at equal numbers of tokens: one run of the trainer a var
 
 Every variant is the base config with some keys changed, on text cut to the same number of tokens,
 each seen once, with the same seed and the same evaluation. Differences below the intervals over
-prompts say nothing, and one seed is one seed. Runs that are there already are not run again.
+prompts say nothing, and one seed is one seed. Runs that are there already are not run again: name
+another `--where` for other tokens or data. `seconds` are of training; the first run of a kind fills
+the kept features for those behind it.
 """
 
 import json
