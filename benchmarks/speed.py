@@ -29,7 +29,8 @@ def main(
     model: Annotated[str, typer.Option()] = "smollm2-135m-instruct",
     draft: Annotated[list[str] | None, typer.Option(help="Draft; may be repeated.")] = None,
     whole_vocabulary: Annotated[
-        bool, typer.Option(help="Each draft also as one that proposes from the whole vocabulary.")
+        bool,
+        typer.Option(help="Drafts that use the target's head: also from the whole vocabulary."),
     ] = False,
     prompts: Annotated[int, typer.Option(help="So many MT-Bench questions.")] = 20,
     new_tokens: Annotated[int, typer.Option()] = 64,
@@ -81,11 +82,11 @@ def heads(names: list[str], target: Target, whole_vocabulary: bool) -> list[tupl
     """The drafts, packed; with `whole_vocabulary` each of them once more, without its own."""
     found = []
     for name in names:
-        draft = load_draft(name, target)
-        found.append((name, draft.pack()))
+        draft = load_draft(name, target).pack()
+        found.append((name, draft))
         if whole_vocabulary and draft.draft_to_target is not None and not draft.config.own_head:
             config = dataclasses.replace(draft.config, draft_vocab_size=None)
-            found.append((name, draft.replace(config=config, draft_to_target=None).pack()))
+            found.append((name, draft.replace(config=config, draft_to_target=None)))
     return found
 
 

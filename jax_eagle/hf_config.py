@@ -190,8 +190,10 @@ def _llama4_from_hf(hf: Mapping[str, Any]) -> Llama4Attention:
         raise ConfigError(f"no_rope_layers has {len(rotates)} entries for {L} layers")
     chunk = hf["attention_chunk_size"]
     kinds = ["chunked_attention" if rope else "full_attention" for rope in rotates]
-    all_full = ["full_attention"] * L  # of a file without chunks, by some writers
-    if hf.get("layer_types") not in (None, kinds, *([] if chunk else [all_full])):
+    spellings = [None, kinds]
+    if chunk is None:  # transformers 5.24 calls every layer full then
+        spellings.append(["full_attention"] * L)
+    if hf.get("layer_types") not in spellings:
         raise ConfigError("layer_types: expected chunked attention in the layers with RoPE alone")
     return Llama4Attention(
         nope_layers=tuple(i for i in range(L) if not rotates[i]),

@@ -60,13 +60,11 @@ def matmul(
 ) -> Float[Array, "... F"]:
     """x @ kernel; from the kernel's blocks where there are any and that is faster.
 
-    `dtype` is that of the result, and of the sums: None means that of x. float32 is not rounded to
-    TF32 on a GPU: the text of a float32 model must not depend on the tree.
+    `dtype` is that of the result, and of the sums: None means that of x.
     """
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    num_rows = x.size // x.shape[-1]
+    num_rows = _num_rows(x)
     if blocks is None or not _pays(num_rows, kernel_DF.shape[1]):
-        product = functools.partial(jnp.matmul, precision=precision, preferred_element_type=dtype)
+        product = functools.partial(jnp.matmul, **_exactly(x, dtype))
         if num_rows > 1:
             return product(x, kernel_DF)
         return jax.lax.platform_dependent(
@@ -84,15 +82,14 @@ def tied_head(
     """x @ table.T, like `matmul`. On a CPU the table is multiplied as it lies, with few rows as
     its columns: 8.4 ms for four rows of SmolLM2-135M on two cores of an Intel Xeon, 11.2 otherwise.
     """
-    num_rows = x.size // x.shape[-1]
+    num_rows = _num_rows(x)
     blocks_serve = blocks is not None and _pays(num_rows, table_VD.shape[0])
     if num_rows > _MAX_ROWS or blocks_serve:
         return matmul(x, table_VD.T, blocks, dtype)
 
     def table_first(x, table_VD):
         columns_DR = jnp.reshape(x, (num_rows, -1)).T
-        precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-        y_VR = jnp.matmul(table_VD, columns_DR, precision=precision, preferred_element_type=dtype)
+        y_VR = jnp.matmul(table_VD, columns_DR, **_exactly(x, dtype))
         return jnp.reshape(y_VR.T, (*x.shape[:-1], -1))
 
     return jax.lax.platform_dependent(
@@ -100,18 +97,22 @@ def tied_head(
     )
 
 
-def _in_blocks(x: jax.Array, blocks: jax.Array, dtype: Any) -> jax.Array:
-    num_rows = x.size // x.shape[-1]
+def _num_rows(x: jax.Array) -> int:
+    return x.size // x.shape[-1]
+
+
+def _exactly(x: jax.Array, dtype: Any) -> dict[str, Any]:
+    """How every product is made. float32 is not rounded to TF32 on a GPU: the text of a float32
+    model must not depend on the tree."""
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    rows_1RD = jnp.reshape(x, (1, num_rows, -1))
+    return {"precision": precision, "preferred_element_type": dtype}
+
+
+def _in_blocks(x: jax.Array, blocks: jax.Array, dtype: Any) -> jax.Array:
+    rows_1RD = jnp.reshape(x, (1, _num_rows(x), -1))
     rows_XRD = jnp.broadcast_to(rows_1RD, (blocks.shape[0], *rows_1RD.shape[1:]))
-    y_XRJ = jax.lax.dot_general(
-        rows_XRD,
-        blocks,
-        (((2,), (1,)), ((0,), (0,))),
-        precision=precision,
-        preferred_element_type=dtype,
-    )
+    dimensions = ((2,), (1,)), ((0,), (0,))
+    y_XRJ = jax.lax.dot_general(rows_XRD, blocks, dimensions, **_exactly(x, dtype))
     return jnp.reshape(jnp.swapaxes(y_XRJ, 0, 1), (*x.shape[:-1], -1))
 
 

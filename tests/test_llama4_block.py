@@ -351,6 +351,10 @@ def test_other_spellings_of_published_files():
     assert LlamaConfig.from_hf(fields).llama4 == Llama4Attention(nope_layers=(3,))
     del fields["model_type"]
     assert LlamaConfig.from_hf(fields).llama4 is not None
+    full = {"layer_types": ["full_attention"] * TINY.num_layers}
+    assert LlamaConfig.from_hf(fields | full | {"attention_chunk_size": None}).llama4 is not None
+    with pytest.raises(ConfigError, match="layer_types: expected chunked"):
+        LlamaConfig.from_hf(fields | full)
 
 
 def test_fewer_layers_keep_their_kind():
