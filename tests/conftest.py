@@ -18,6 +18,7 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 from flax import linen as nn  # noqa: E402
+from jax._src import compiler  # noqa: E402  # there is no other way to its options
 
 from jax_eagle import packing, prefill  # noqa: E402
 from jax_eagle.attention import View  # noqa: E402
@@ -77,6 +78,11 @@ def blocks_serve():
         yield
 
 
+EMITTERS = "xla_cpu_use_fusion_emitters"
+QUICK_XLA_FLAGS = f"--{EMITTERS}=false"
+"""Of processes whose programs run a few times only: XLA's older emitters take half of the time."""
+
+
 @pytest.fixture(scope="module")
 def quick_compiler():
     """For modules whose programs run a few times only: to optimise them would take longer.
@@ -84,7 +90,15 @@ def quick_compiler():
     The same holds for those of the processes that a module starts. But the bits of the two may
     differ: programs that this process has compiled for modules before stay as they are.
     """
+    options = compiler.get_compile_options
+
+    def quick_options(*args, env_options_overrides=None, **kwargs):
+        overrides = {EMITTERS: False} | (env_options_overrides or {})
+        return options(*args, env_options_overrides=overrides, **kwargs)
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiler, "get_compile_options", quick_options)
+        patch.setenv("XLA_FLAGS", QUICK_XLA_FLAGS)
         patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
         jax.config.update("jax_disable_most_optimizations", True)
         yield

@@ -35,10 +35,18 @@ from tests.serving import (
     tiny_flags,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
+pytestmark = pytest.mark.usefixtures("quick_compiler", "usual_emitters")
 
 TREE = "chain:2"
 FLAGS = ("--max-num-batched-tokens", "64", "--max-model-len", "128", "-tp", "2", "-n", "2")
+
+
+@pytest.fixture(scope="module")
+def usual_emitters(quick_compiler):
+    """With XLA's older ones, collectives of two processes did not meet in one order on a CPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("XLA_FLAGS")
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +78,8 @@ def main(folder: str, port: str, axis: str, rank: str) -> None:
     print(json.dumps({"tokens": result.tokens, "rounds": result.rounds}))
 
 
-@pytest.mark.parametrize("axis", ["tensor", pytest.param("data", marks=pytest.mark.slow)])
+@pytest.mark.slow  # the server of two processes, below, gives the same text
+@pytest.mark.parametrize("axis", ["tensor", "data"])
 def test_generate_gives_the_text_of_one_process(folder, axis):
     port = str(free_port())
     processes = [

@@ -272,15 +272,25 @@ def exact_laws(target, processed_law):
     return {name: law(options) for name, options in LAWS.items()}
 
 
+def first_three(target, draft, sampling, **options) -> list[tuple[int, ...]]:
+    """Of every row; each round gains a token at least, so the first event and two rounds do."""
+    events = generate_stream(
+        target, draft, [PROMPT] * B, max_new_tokens=NEW, sampling=sampling, stop_token_ids=[],
+        **options,
+    )  # fmt: skip
+    rows = [event.new_tokens for event in itertools.islice(events, 3)]
+    return [tuple(itertools.chain(*of_row))[:3] for of_row in zip(*rows, strict=True)]
+
+
 def sample(target, draft, **options) -> dict[str, np.ndarray]:
     """Counts of the first three tokens, by law; every draw has its own seed."""
     counts = {name: np.zeros((VOCAB,) * 3, int) for name in LAWS}
     names = [name for name in LAWS for _ in range(B // len(LAWS))]
     for call in range(CALLS):
         sampling = [SamplingParams(seed=call * B + b, **LAWS[name]) for b, name in enumerate(names)]
-        result = run(target, draft, [PROMPT] * B, sampling=sampling, **options)
-        for name, tokens in zip(names, result.tokens, strict=True):
-            counts[name][tuple(tokens[:3])] += 1
+        texts = first_three(target, draft, sampling, **options)
+        for name, tokens in zip(names, texts, strict=True):
+            counts[name][tokens] += 1
     return counts
 
 

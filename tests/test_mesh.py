@@ -7,8 +7,10 @@ The models are read from files straight onto the mesh.
 
 import collections
 import dataclasses
+import functools
 import json
 import re
+import sys
 import tempfile
 from pathlib import Path
 
@@ -59,6 +61,11 @@ CASES = {
     "experts, ep 8": ("experts", 8, 1, True),
 }
 """Model, tensor size, data size, whether experts are whole."""
+FAST = ("dense, tp 8", "experts, tp 4 x dp 2", "experts, ep 8")
+SLOW = tuple(name for name in CASES if name not in FAST)
+all_cases = pytest.mark.parametrize(
+    "case", [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
+)
 PROMPTS = [[1, 2, 3], [4] * 14, [7], [5, 6, 9, 10, 11], [8, 15]]
 GREEDY = SamplingParams()
 SAMPLING = [
@@ -74,23 +81,28 @@ OPTIONS = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def results():
-    return on_eight_devices(__file__)
+of_devices = functools.cache(functools.partial(on_eight_devices, __file__))
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.fixture
+def results(case):
+    """Of all cases that run with this one."""
+    return of_devices(*(FAST if case in FAST else SLOW))
+
+
+@all_cases
 def test_eight_devices_give_the_text_of_one(results, case):
     assert results["texts"][case], results["reports"][case]
 
 
-@pytest.mark.parametrize("model", MODELS)
-def test_the_draft_is_right_and_wrong(results, model):
+@all_cases
+def test_the_draft_is_right_and_wrong(results, case):
     """Or the paths of a tree would be all alike."""
+    model, *_ = CASES[case]
     assert 1.1 < results["acceptance_length"][model] < 1.9
 
 
-@pytest.mark.parametrize("case", CASES)
+@all_cases
 def test_devices_hold_their_own_pages_and_parameters(results, case):
     name, tensor, data, expert_parallel = CASES[case]
     shares, config = results["shares"][case], MODELS[name]
@@ -104,24 +116,28 @@ def test_devices_hold_their_own_pages_and_parameters(results, case):
     )
 
 
-@pytest.mark.parametrize("case", ["dense, tp 8", "experts, tp 8", "experts, ep 8"])
+@pytest.mark.parametrize(
+    "case",
+    ["dense, tp 8", pytest.param("experts, tp 8", marks=pytest.mark.slow), "experts, ep 8"],
+)
 def test_a_layer_ends_in_two_sums(results, case):
     """Behind the attention and behind what follows, and one more behind the embedding."""
     num_layers = MODELS[CASES[case][0]].num_layers
     assert results["collectives"][case] == {"all-reduce": 2 * num_layers + 1}
 
 
-@pytest.mark.parametrize("case", CASES)
+@all_cases
 def test_loading_moves_no_more_than_shares(results, case):
     """Every parameter came in parts of its own size from a file, and they are those of the file."""
     assert results["loading"][case] == {"arrays": True, "parts": True, "values": True}
 
 
-def test_an_orbax_folder_is_restored_onto_the_mesh(results):
+@pytest.mark.parametrize("case", ["dense, tp 8"])
+def test_an_orbax_folder_is_restored_onto_the_mesh(results, case):
     assert results["orbax"] == {"values": True, "shardings": True}
 
 
-def main() -> None:
+def main(*cases: str) -> None:
     results: dict = {
         key: {}
         for key in ("texts", "reports", "acceptance_length", "shares", "loading", "collectives")
@@ -132,7 +148,8 @@ def main() -> None:
             target, draft = save_models(config, folder)
             one = generate(target, draft, PROMPTS, **OPTIONS)
             results["acceptance_length"][model] = one.acceptance_length
-            for case, (of_model, tensor, data, expert_parallel) in CASES.items():
+            for case in cases:
+                of_model, tensor, data, expert_parallel = CASES[case]
                 if of_model != model:
                     continue
                 mesh = make_mesh(tensor, data=data)
@@ -287,4 +304,4 @@ def test_experts_on_one_device_need_no_choice(tmp_path):
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

@@ -4,8 +4,6 @@ Whole texts; and Llama 4 from a cache, where chunks of 16 positions and query fa
 every 8 have their borders inside of prompt chunks, between single tokens and across a tree.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,14 +13,13 @@ from jax_eagle.prefill import empty_prefill, extend_prompt
 from jax_eagle.tree import Tree, ancestor_mask
 from tests.golden import check, golden
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
 LLAMA4 = ["l4_s", "l4_s2", "l4_m"]
 CHUNK = 11
 SINGLES = range(4 * CHUNK, 6 * CHUNK)
 """Positions that are decoded one by one."""
 PAGES = 10  # of 8 tokens
-
-quick = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-"""Of programs that run a few times: less time to compile, the same sums."""
 
 
 @pytest.mark.parametrize("case", ["l3_a", "l3_b", *LLAMA4])
@@ -31,7 +28,7 @@ def test_logits_equal_those_of_transformers(case):
     check(target.logits(expected["ids"]), expected["logits"])
 
 
-@quick
+@jax.jit
 def extend(target, carry, tokens_BT, count_B):
     """What prefill and plain decoding do, with the logits of every row."""
     carry, x_BTD = extend_prompt(target, None, carry, tokens_BT, count_B)
@@ -51,7 +48,7 @@ def test_prompt_chunks_and_single_tokens_equal_the_whole_text(case, small_pages)
     check(np.concatenate(parts, axis=1), expected["logits"][:, :T])
 
 
-@quick
+@jax.jit
 def tree_logits(target, cache, nodes_BM, parents_BM):
     mask_BMM = ancestor_mask(parents_BM, parents_BM.shape[1])
     depth_BM = jnp.sum(mask_BMM, axis=2, dtype=jnp.int32) - 1

@@ -11,6 +11,7 @@ from jax_eagle.config import Llama4Attention, MoE
 from serve.config import ServerConfig, SpeculativeConfig, parse
 from serve.loading import meshes
 from serve.request import EngineStatus, together
+from tests.conftest import QUICK_XLA_FLAGS
 from tests.serving import (
     TINY,
     assert_serves_text_of_one_device,
@@ -52,7 +53,7 @@ def eight_devices(monkeypatch):
     # Eight devices on a busy machine may take longer to meet than XLA waits before it gives up.
     patience = "--xla_cpu_collective_call_terminate_timeout_seconds=300"
     count = "--xla_force_host_platform_device_count=8"
-    monkeypatch.setenv("XLA_FLAGS", f"{count} {patience}")
+    monkeypatch.setenv("XLA_FLAGS", f"{QUICK_XLA_FLAGS} {count} {patience}")
 
 
 @pytest.mark.parametrize(

@@ -26,12 +26,18 @@ from train.throughput import step_flops
 from train.train import main
 from train.trainer import TrainingError, run
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
 STEPS = 10
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A target and chats to learn."""
+    """A target and chats to learn.
+
+    Runs are compared bit by bit with those of other processes: no program is one of other tests.
+    """
+    jax.clear_caches()
     folder = tmp_path_factory.mktemp("training")
     save_tiny_target(folder / "target")
     save_chats(folder / "chats.jsonl", 60)
