@@ -196,6 +196,13 @@ def test_sampled_drafting_repeats_and_does_not_depend_on_the_row(
         **case.options,
     )  # fmt: skip
     assert shuffled.tokens == [first[i] for i in order]
+    # The laws below are sampled round by round.
+    events = generate_stream(
+        target, draft, prompts, max_new_tokens=NEW, stop_token_ids=[], sampling=mixed,
+        **case.options,
+    )  # fmt: skip
+    rows = zip(*(event.new_tokens for event in events), strict=True)
+    assert [[*itertools.chain(*row)] for row in rows] == first
 
 
 @pytest.mark.slow  # in the engine's tests batches are of other sizes than `generate`'s, too
@@ -273,7 +280,7 @@ def exact_laws(target, processed_law):
 
 
 def first_three(target, draft, sampling, **options) -> list[tuple[int, ...]]:
-    """Of every row; each round gains a token at least, so the first event and two rounds do."""
+    """The first three tokens of every row: prefill gives one, each of two rounds at least one."""
     events = generate_stream(
         target, draft, [PROMPT] * B, max_new_tokens=NEW, sampling=sampling, stop_token_ids=[],
         **options,

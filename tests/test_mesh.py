@@ -7,7 +7,6 @@ The models are read from files straight onto the mesh.
 
 import collections
 import dataclasses
-import functools
 import json
 import re
 import sys
@@ -81,13 +80,20 @@ OPTIONS = {
 }  # fmt: skip
 
 
-of_devices = functools.cache(functools.partial(on_eight_devices, __file__))
+@pytest.fixture(scope="module")
+def of_fast():
+    return on_eight_devices(__file__, *FAST)
+
+
+@pytest.fixture(scope="module")
+def of_slow():
+    return on_eight_devices(__file__, *SLOW)
 
 
 @pytest.fixture
-def results(case):
+def results(case, request):
     """Of all cases that run with this one."""
-    return of_devices(*(FAST if case in FAST else SLOW))
+    return request.getfixturevalue("of_fast" if case in FAST else "of_slow")
 
 
 @all_cases

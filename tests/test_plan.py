@@ -29,8 +29,6 @@ from train.start import empty_state
 from train.step import Batch, make_optimizer, make_train_step
 from train.throughput import Probe, measured_peak, step_flops
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
-
 B, T = 4, 64
 TARGET = LlamaConfig(
     vocab_size=1024, hidden_size=64, intermediate_size=192, num_layers=1, num_heads=4,

@@ -61,7 +61,7 @@ def check(
     return result
 
 
-@pytest.mark.slow  # speculation, below, gives the same text
+@pytest.mark.slow
 @pytest.mark.parametrize("begin", [0, 8, 16])
 def test_greedy_text_equals_the_goldens(target, golden, begin):
     check(target, golden, begin=begin, limit=64)
@@ -82,8 +82,8 @@ def test_texts_one_by_one_are_the_goldens(target, golden):
     """As programs run them on a CPU: with packed weights. Two of the four end before the limit."""
     draft = load_draft("smollm2-135m-instruct-eagle", target).pack()
     target = target.pack()
-    for begin in range(4):
-        check(target, golden, draft, begin=begin, count=1, tree=DYNAMIC)
+    results = [check(target, golden, draft, begin=i, count=1, tree=DYNAMIC) for i in range(4)]
+    assert max(result.acceptance_length for result in results) > 1.3
 
 
 def test_questions_of_mt_bench():

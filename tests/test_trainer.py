@@ -44,6 +44,14 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True, scope="module")
+def known_peak():
+    """Of the machine; to measure it takes a second of each run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("train.trainer.measured_peak", lambda dtype: 1e11)
+        yield
+
+
 def settings(folder: Path, run: str, **changes) -> dict:
     """A run of ten steps, as YAML would give it; `changes` by dotted key with _ for the dot."""
     tree = {

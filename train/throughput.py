@@ -5,7 +5,6 @@ nothing that is computed twice. So masked-out scores, recomputation and padding 
 instead of raising the work.
 """
 
-import functools
 import time
 
 import jax
@@ -104,12 +103,8 @@ def _products(a, b):
     return a
 
 
-@functools.cache
 def measured_peak(dtype: str) -> float:
-    """Floating-point operations a second of a device at its best: about a second of products.
-
-    Measured once a process.
-    """
+    """Floating-point operations a second of a device at its best: about a second of products."""
     probe, end = Probe(dtype), time.perf_counter() + 1.0
     best = 0.0
     while time.perf_counter() < end:
