@@ -9,6 +9,16 @@ r"""What helps a draft, at equal numbers of tokens: one run of the trainer a var
       --original runs/data/original.jsonl --regenerated runs/data/regenerated.jsonl \
       --out benchmarks/results/ablations_cpu.json
 
+The losses were compared later, on other chats:
+
+    python -m train.prompts --packages (those of the Makefile) --count 640 --self-share 0.7 \
+      --seed 7 --out runs/data/prompts.jsonl
+    python -m train.regenerate --prompts runs/data/prompts.jsonl --seed 7 --sampled-share 0 \
+      --out runs/data/dialogues.jsonl
+    python -m benchmarks.ablations --tokens 100000 --source runs/data/dialogues.jsonl --only base \
+      --only l1 --only "reverse kl" --only "top-k kl" --only "unroll 2" --only "noise 0.1" \
+      --only "random start" --where runs/losses --out benchmarks/results/ablations_losses_cpu.json
+
 Every variant is the base config with some keys changed, on text cut to the same number of tokens,
 each seen once, with the same seed and the same evaluation. Differences below the intervals over
 prompts say nothing, and one seed is one seed. Runs that are there already are not run again: name
