@@ -11,8 +11,9 @@ r"""What helps a draft, at equal numbers of tokens: one run of the trainer a var
 
 The losses were compared later, on other chats:
 
-    python -m train.prompts --packages (those of the Makefile) --count 640 --self-share 0.7 \
-      --seed 7 --out runs/data/prompts.jsonl
+    P=numpy,scipy,jax,flax,optax,orbax-checkpoint,einops,jinja2,typer,rich,grain,matplotlib
+    python -m train.prompts --packages $P --count 640 --self-share 0.7 --seed 7 \
+      --out runs/data/prompts.jsonl
     python -m train.regenerate --prompts runs/data/prompts.jsonl --seed 7 --sampled-share 0 \
       --out runs/data/dialogues.jsonl
     python -m benchmarks.ablations --tokens 100000 --source runs/data/dialogues.jsonl --only base \

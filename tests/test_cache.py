@@ -66,8 +66,6 @@ def test_commit_writes_the_path_and_nothing_else(data, seed):
 
 TREES = ["chain:3", "paths:[[0],[1],[0,0],[0,1],[1,0],[0,0,0]]", "dynamic:depth=3,width=2,nodes=6"]
 TOKENS = 11
-ROUNDING = 1e-4
-"""Of numbers up to ten, summed in another order; those of another token differ by about one."""
 examples = settings(max_examples=10)
 
 
@@ -169,13 +167,18 @@ def test_pages_after_rounds_are_those_of_plain_decoding(
         for got, want in zip(
             vars(gather(state.cache)).values(), vars(gather(plain.cache)).values(), strict=True
         ):
-            np.testing.assert_allclose(got[:, b, :n], want[:, b, :n], atol=ROUNDING)
+            assert_close(got[:, b, :n], want[:, b, :n])
         n = min(draft_length_B[b], len(texts[b]))
         assert n >= len(prompts[b])
         for got, want in zip(
             vars(gather(state.draft_cache)).values(), vars(expected).values(), strict=True
         ):
-            np.testing.assert_allclose(got[:, b, 1:n], want[:, b, 1:n], atol=ROUNDING)
+            assert_close(got[:, b, 1:n], want[:, b, 1:n])
+
+
+def assert_close(got, want):
+    """Within what rounds when sums have another order: 6e-6 of the largest number was seen."""
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max())
 
 
 def true_draft_pages(target, draft, texts):

@@ -44,8 +44,8 @@ FLAGS = ("--max-num-batched-tokens", "64", "--max-model-len", "128", "-tp", "2",
 
 @pytest.fixture(scope="module")
 def usual_emitters(quick_compiler):
-    """Of the processes that are started here. With XLA's older emitters collectives of two
-    processes met in another order in each: NaN, or the end ("collective mismatch", said gloo)."""
+    """Of the processes that are started here. With XLA's older emitters a server of two gives NaN
+    or ends: "collective mismatch", says gloo."""
     with pytest.MonkeyPatch.context() as patch:
         flags = os.environ["XLA_FLAGS"].replace(QUICK_XLA_FLAGS, "")
         patch.setenv("XLA_FLAGS", flags.strip())

@@ -137,6 +137,18 @@ def run(target, draft, prompts, **options):
     )  # fmt: skip
 
 
+def stream(target, draft, prompts, **options):
+    return generate_stream(
+        target, draft, prompts, max_new_tokens=NEW, stop_token_ids=[], **options
+    )  # fmt: skip
+
+
+def joined(events) -> list[list[int]]:
+    """What the rounds gave each row."""
+    rows = zip(*(event.new_tokens for event in events), strict=True)
+    return [[*itertools.chain(*row)] for row in rows]
+
+
 def assert_equal_text(target, prompts, expected, actual, sampling=None):
     comparison = compare(target, prompts, expected, actual, sampling=sampling)
     assert comparison.equal, str(comparison)
@@ -197,12 +209,7 @@ def test_sampled_drafting_repeats_and_does_not_depend_on_the_row(
     )  # fmt: skip
     assert shuffled.tokens == [first[i] for i in order]
     # The laws below are sampled round by round.
-    events = generate_stream(
-        target, draft, prompts, max_new_tokens=NEW, stop_token_ids=[], sampling=mixed,
-        **case.options,
-    )  # fmt: skip
-    rows = zip(*(event.new_tokens for event in events), strict=True)
-    assert [[*itertools.chain(*row)] for row in rows] == first
+    assert joined(stream(target, draft, prompts, sampling=mixed, **case.options)) == first
 
 
 @pytest.mark.slow  # in the engine's tests batches are of other sizes than `generate`'s, too
@@ -230,15 +237,11 @@ oracle_cases = pytest.mark.parametrize(
 def test_an_oracle_is_accepted_to_the_last_node(target, make_oracle, prompts, plain, mixed, name):
     """Every round but the one that the limit cuts gains depth + 1."""
     case, sampled = ORACLE_CASES[name], ORACLE_CASES[name].drafting == "sampled"
-    events = list(
-        generate_stream(
-            target, make_oracle(1.0), prompts, max_new_tokens=NEW, stop_token_ids=[],
-            sampling=mixed if sampled else SamplingParams(), **case.options,
-        )
-    )  # fmt: skip
+    own = mixed if sampled else SamplingParams()
+    events = list(stream(target, make_oracle(1.0), prompts, sampling=own, **case.options))
     gained = np.array([[len(new) for new in event.new_tokens] for event in events])
     assert (gained == [[n] * B for n in (1, 4, 4, 3)]).all()
-    tokens = [list(itertools.chain(*(event.new_tokens[b] for event in events))) for b in range(B)]
+    tokens = joined(events)
     rows = [b for b in range(B) if not sampled or mixed[b].temperature == 0]
     expected = plain["mixed" if sampled else "greedy"].tokens
     assert [tokens[b] for b in rows] == [expected[b] for b in rows]
@@ -279,25 +282,17 @@ def exact_laws(target, processed_law):
     return {name: law(options) for name, options in LAWS.items()}
 
 
-def first_three(target, draft, sampling, **options) -> list[tuple[int, ...]]:
-    """The first three tokens of every row: prefill gives one, each of two rounds at least one."""
-    events = generate_stream(
-        target, draft, [PROMPT] * B, max_new_tokens=NEW, sampling=sampling, stop_token_ids=[],
-        **options,
-    )  # fmt: skip
-    rows = [event.new_tokens for event in itertools.islice(events, 3)]
-    return [tuple(itertools.chain(*of_row))[:3] for of_row in zip(*rows, strict=True)]
-
-
 def sample(target, draft, **options) -> dict[str, np.ndarray]:
     """Counts of the first three tokens, by law; every draw has its own seed."""
     counts = {name: np.zeros((VOCAB,) * 3, int) for name in LAWS}
     names = [name for name in LAWS for _ in range(B // len(LAWS))]
     for call in range(CALLS):
         sampling = [SamplingParams(seed=call * B + b, **LAWS[name]) for b, name in enumerate(names)]
-        texts = first_three(target, draft, sampling, **options)
+        # Prefill gives a token, and each of two rounds at least one.
+        events = stream(target, draft, [PROMPT] * B, sampling=sampling, **options)
+        texts = joined(itertools.islice(events, 3))
         for name, tokens in zip(names, texts, strict=True):
-            counts[name][tokens] += 1
+            counts[name][tuple(tokens[:3])] += 1
     return counts
 
 
