@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from jax_eagle import SamplingParams
@@ -146,6 +146,7 @@ def test_poison_in_unread_slots_changes_nothing(
     "tree", [TREES[0], pytest.param(TREES[1], marks=pytest.mark.slow), TREES[2]]
 )
 @given(seed=st.integers(0, 2**16))
+@example(seed=1457)  # rounds most of all that were seen
 @examples
 def test_pages_after_rounds_are_those_of_plain_decoding(
     target, make_draft, ragged_prompts, tree, seed

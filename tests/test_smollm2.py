@@ -83,7 +83,7 @@ def test_texts_one_by_one_are_the_goldens(target, golden):
     draft = load_draft("smollm2-135m-instruct-eagle", target).pack()
     target = target.pack()
     results = [check(target, golden, draft, begin=i, count=1, tree=DYNAMIC) for i in range(4)]
-    assert max(result.acceptance_length for result in results) > 1.3
+    assert min(result.acceptance_length for result in results) > 1.3
 
 
 def test_questions_of_mt_bench():
