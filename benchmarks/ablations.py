@@ -1,10 +1,13 @@
 r"""What helps a draft, at equal numbers of tokens: one run of the trainer a variant.
 
     make demo-data    # 1,536 dialogues are enough
-    shuf -n 512 runs/data/library_chat.jsonl > runs/data/original.jsonl
+    # A source of random bytes makes the draw repeatable; that of the published figures was not kept.
+    shuf -n 512 --random-source=runs/data/library_text.jsonl runs/data/library_chat.jsonl \
+      > runs/data/original.jsonl
     python -m train.regenerate --prompts runs/data/original.jsonl --seed 7 --sampled-share 0 \
       --out runs/data/regenerated.jsonl
-    cat runs/data/dialogues.jsonl runs/data/regenerated.jsonl | shuf > runs/data/ablation.jsonl
+    cat runs/data/dialogues.jsonl runs/data/regenerated.jsonl \
+      | shuf --random-source=runs/data/library_text.jsonl > runs/data/ablation.jsonl
     python -m benchmarks.ablations --tokens 100000 --source runs/data/ablation.jsonl \
       --original runs/data/original.jsonl --regenerated runs/data/regenerated.jsonl \
       --out benchmarks/results/ablations_cpu.json
@@ -22,8 +25,8 @@ The losses were compared later, on other chats:
 
 Every variant is the base config with some keys changed, on text cut to the same number of tokens,
 each seen once, with the same seed and the same evaluation. Differences below the intervals over
-prompts say nothing, and one seed is one seed. Runs that are there already are not run again: name
-another `--where` for other tokens or data. `seconds` are of training; the first run of a kind fills
+prompts say nothing, and one seed is one seed. Runs that are there already are not run again; with
+other tokens or data they are refused, and another `--where` is needed. `seconds` are of training; the first run of a kind fills
 the kept features for those behind it.
 """
 
@@ -87,10 +90,12 @@ def settings(tokens: int, source: str, where: Path, keys: list[str]) -> list[str
 
 
 def variant(base: Path, overrides: list[str], folder: Path) -> dict:
-    """The card of a run, made now or before."""
+    """The card of a run, made now or before; ConfigError if that was with other settings."""
+    own = [f"run={folder}", f"output={folder / 'draft'}"]
+    config, before = load_config(base, [*overrides, *own]), folder / "config.yaml"
+    if before.exists() and load_config(before) != config:
+        raise ConfigError(f"{before} has other settings than are asked for: name another --where")
     if not (folder / "draft" / "card.json").exists():
-        own = [f"run={folder}", f"output={folder / 'draft'}"]
-        config = load_config(base, [*overrides, *own])
         run(config, target=load_target(config.target, dtype=config.dtype), resume=True)
     return read_json(folder / "draft" / "card.json")
 

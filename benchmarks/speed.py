@@ -1,6 +1,7 @@
 """Speed-up over plain decoding, by tree and draft; the plain step against the time to read memory.
 
     python -m benchmarks.speed --tree static:4 --tree chain:3
+    python -m benchmarks.speed --suite humaneval
     python -m benchmarks.speed --draft runs/one/draft --draft runs/three/draft --whole-vocabulary
 
 Batch 1, greedy, interleaved in one process, one draft after the other (`jax_eagle.bench` says how).
@@ -21,7 +22,7 @@ from jax_eagle import Draft, Target, bench, load_draft, load_target
 from jax_eagle.compilation_cache import enable_compilation_cache
 from jax_eagle.machine import describe_machine
 from jax_eagle.program import run_program
-from jax_eagle.prompts import as_chat, mt_bench
+from jax_eagle.prompts import SUITES, as_chat, prompts_of
 
 
 def main(
@@ -32,7 +33,10 @@ def main(
         bool,
         typer.Option(help="Drafts that use the target's head: also from the whole vocabulary."),
     ] = False,
-    prompts: Annotated[int, typer.Option(help="So many MT-Bench questions.")] = 20,
+    suite: Annotated[str, typer.Option(help=f"Prompts: {', '.join(SUITES)}, or a file.")] = (
+        "mt-bench"
+    ),
+    prompts: Annotated[int, typer.Option(min=1, help="So many of them, evenly spread.")] = 20,
     new_tokens: Annotated[int, typer.Option()] = 64,
     repetitions: Annotated[int, typer.Option()] = 1,
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
@@ -41,8 +45,9 @@ def main(
     enable_compilation_cache()
     target = load_target(model).pack()
     trees = tree or ["chain:1", "static:3", "static:4", "chain:3", "static:8"]
-    step = max(1, 80 // prompts)
-    batches = [[row] for row in as_chat(target, mt_bench()[::step][:prompts])]
+    texts = prompts_of(suite)
+    step = max(1, len(texts) // prompts)
+    batches = [[row] for row in as_chat(target, texts[::step][:prompts])]
     sample = bench.bandwidth_probe()
     rows, runs, bandwidths = [], [], []
     for name, head in heads(draft or ["smollm2-135m-instruct-eagle"], target, whole_vocabulary):
@@ -71,6 +76,7 @@ def main(
     if out:
         results = {
             "machine": describe_machine(),
+            "suite": suite,
             "trees": rows,
             "floor": dataclasses.asdict(floor) | {"share": floor.share},
         }
@@ -84,9 +90,13 @@ def heads(names: list[str], target: Target, whole_vocabulary: bool) -> list[tupl
     for name in names:
         draft = load_draft(name, target).pack()
         found.append((name, draft))
-        if whole_vocabulary and draft.draft_to_target is not None and not draft.config.own_head:
-            config = dataclasses.replace(draft.config, draft_vocab_size=None)
-            found.append((name, draft.replace(config=config, draft_to_target=None)))
+        if not whole_vocabulary:
+            continue
+        if draft.draft_to_target is None or draft.config.own_head:
+            print(f"{name}: measured once, it has no smaller vocabulary of the target's head")
+            continue
+        config = dataclasses.replace(draft.config, draft_vocab_size=None)
+        found.append((name, draft.replace(config=config, draft_to_target=None)))
     return found
 
 

@@ -89,7 +89,8 @@ def tied_head(
 
     def table_first(x, table_VD):
         columns_DR = jnp.reshape(x, (num_rows, -1)).T
-        y_VR = jnp.matmul(table_VD, columns_DR, **_exactly(x, dtype))
+        # Without the barrier XLA turns this into columns.T @ table.T, which takes 4.0 ms, not 3.0.
+        y_VR = jax.lax.optimization_barrier(jnp.matmul(table_VD, columns_DR, **_exactly(x, dtype)))
         return jnp.reshape(y_VR.T, (*x.shape[:-1], -1))
 
     return jax.lax.platform_dependent(

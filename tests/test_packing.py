@@ -63,6 +63,11 @@ def test_tied_head_is_the_product_with_the_table_turned(seed, rows):
     for blocks in (None, column_blocks(jnp.float32(table.T))):
         y = packing.tied_head(jnp.float32(x).reshape(rows, 1, 20), jnp.float32(table), blocks)
         np.testing.assert_allclose(y[:, 0], x @ table.T, rtol=1e-5, atol=1e-5)
+    # Sums of bfloat16 are made and given out in float32, as asked.
+    halved = jnp.bfloat16(x), jnp.bfloat16(table)
+    y = packing.tied_head(*halved, None, jnp.float32)
+    expected = np.float32(halved[0]) @ np.float32(halved[1]).T
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_only_blocks_that_serve_are_made(target, monkeypatch):
