@@ -1,7 +1,7 @@
 r"""What helps a draft, at equal numbers of tokens: one run of the trainer a variant.
 
     make demo-data    # 1,536 dialogues are enough
-    # A source of random bytes makes the draw repeatable; that of the published figures was not kept.
+    # A source of random bytes makes a draw repeatable; the published figures had none.
     shuf -n 512 --random-source=runs/data/library_text.jsonl runs/data/library_chat.jsonl \
       > runs/data/original.jsonl
     python -m train.regenerate --prompts runs/data/original.jsonl --seed 7 --sampled-share 0 \
@@ -26,8 +26,8 @@ The losses were compared later, on other chats:
 Every variant is the base config with some keys changed, on text cut to the same number of tokens,
 each seen once, with the same seed and the same evaluation. Differences below the intervals over
 prompts say nothing, and one seed is one seed. Runs that are there already are not run again; with
-other tokens or data they are refused, and another `--where` is needed. `seconds` are of training; the first run of a kind fills
-the kept features for those behind it.
+other tokens or data they are refused, and another `--where` is needed. `seconds` are of training;
+the first run of a kind fills the kept features for those behind it.
 """
 
 import json
