@@ -81,7 +81,7 @@ def main() -> None:
 
 
 def propose(model: Model, head: torch.nn.Linear, tokens, features) -> list[int]:
-    """The drafted nodes of the official tree behind PREFIX tokens, of which the last is the root."""
+    """The drafted nodes of the official tree behind PREFIX tokens, the last of them its root."""
     model.reset_kv()
     model.diff_device = False
     model.init_tree()

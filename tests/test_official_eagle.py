@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from tests.golden import GOLDENS
 from jax_eagle import Draft, Target, load_draft
 from jax_eagle.cache import init_cache
 from jax_eagle.checkpoint.profiles import save
@@ -17,6 +16,7 @@ from jax_eagle.draft import Sync
 from jax_eagle.llama import init_params
 from jax_eagle.tree import parse_tree
 from jax_eagle.unroll import Text, unroll
+from tests.golden import GOLDENS
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
 

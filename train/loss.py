@@ -70,12 +70,13 @@ def distillation_loss(
     def terms(params, state_BCJD, rest):
         positions, heads, scale_J = rest
         teacher_BCU = jax.nn.log_softmax(heads.teacher(positions.teacher))
+        is_favourite_BCU = _is_favourite(teacher_BCU)
         sums = []
         for j in range(config.unroll):
             x_BCD, weight_BC = state_BCJD[:, :, j], positions.weight[:, :, j]
             draft_BCU = jax.nn.log_softmax(heads.draft(params, x_BCD))
             logits_BC = logits_loss(config, teacher_BCU, draft_BCU)
-            agree_BC = jnp.argmax(teacher_BCU, axis=-1) == jnp.argmax(draft_BCU, axis=-1)
+            agree_BC = jnp.any(is_favourite_BCU & _is_favourite(draft_BCU), axis=-1)
             feature_BC = jnp.zeros_like(logits_BC)
             if positions.feature is not None:
                 feature_BC = feature_loss(config, x_BCD, positions.feature)
@@ -93,6 +94,11 @@ def distillation_loss(
     loss, sums_JS = of_chunks(terms, config.chunk, params, positions.state, rest)
     names = "loss", "feature_loss", "logits_loss", "agreement"
     return loss, {name: Mean(sums_JS[:, i], sums_JS[:, -1]) for i, name in enumerate(names)}
+
+
+def _is_favourite(scores_BCU: jax.Array) -> jax.Array:
+    """Where the best token is. On a CPU an argmax takes several times as long."""
+    return scores_BCU == jnp.max(scores_BCU, axis=-1, keepdims=True)
 
 
 def feature_loss(config: LossConfig, x_BCD, feature_BCD) -> Float[Array, "B C"]:
