@@ -1,13 +1,10 @@
 r"""What helps a draft, at equal numbers of tokens: one run of the trainer a variant.
 
     make demo-data    # 1,536 dialogues are enough
-    # A source of random bytes makes a draw repeatable; the published figures had none.
-    shuf -n 512 --random-source=runs/data/library_text.jsonl runs/data/library_chat.jsonl \
-      > runs/data/original.jsonl
+    shuf -n 512 runs/data/library_chat.jsonl > runs/data/original.jsonl
     python -m train.regenerate --prompts runs/data/original.jsonl --seed 7 --sampled-share 0 \
       --out runs/data/regenerated.jsonl
-    cat runs/data/dialogues.jsonl runs/data/regenerated.jsonl \
-      | shuf --random-source=runs/data/library_text.jsonl > runs/data/ablation.jsonl
+    cat runs/data/dialogues.jsonl runs/data/regenerated.jsonl | shuf > runs/data/ablation.jsonl
     python -m benchmarks.ablations --tokens 100000 --source runs/data/ablation.jsonl \
       --original runs/data/original.jsonl --regenerated runs/data/regenerated.jsonl \
       --out benchmarks/results/ablations_cpu.json
@@ -25,9 +22,10 @@ The losses were compared later, on other chats:
 
 Every variant is the base config with some keys changed, on text cut to the same number of tokens,
 each seen once, with the same seed and the same evaluation. Differences below the intervals over
-prompts say nothing, and one seed is one seed. Runs that are there already are not run again; with
-other tokens or data they are refused, and another `--where` is needed. `seconds` are of training;
-the first run of a kind fills the kept features for those behind it.
+prompts say nothing, and one seed is one seed (nor is what `shuf` draws ever the same). Runs that
+are there already are not run again; with other settings they are refused. Other contents of the
+same file are not noticed: name another `--where` for them. `seconds` are of training; the first run
+of a kind fills the kept features for those behind it.
 """
 
 import json
@@ -44,6 +42,7 @@ from jax_eagle.compilation_cache import enable_compilation_cache
 from jax_eagle.config import ConfigError
 from jax_eagle.machine import describe_machine
 from jax_eagle.program import run_program
+from train.checkpoint import changed_keys
 from train.config import load_config
 from train.trainer import run
 
@@ -92,9 +91,10 @@ def settings(tokens: int, source: str, where: Path, keys: list[str]) -> list[str
 def variant(base: Path, overrides: list[str], folder: Path) -> dict:
     """The card of a run, made now or before; ConfigError if that was with other settings."""
     own = [f"run={folder}", f"output={folder / 'draft'}"]
-    config, before = load_config(base, [*overrides, *own]), folder / "config.yaml"
-    if before.exists() and load_config(before) != config:
-        raise ConfigError(f"{before} has other settings than are asked for: name another --where")
+    config = load_config(base, [*overrides, *own])
+    if folder.exists():
+        for key, (before, now) in changed_keys(config, folder).items():
+            raise ConfigError(f"{folder}: {key} was {before!r}, not {now!r}; name another --where")
     if not (folder / "draft" / "card.json").exists():
         run(config, target=load_target(config.target, dtype=config.dtype), resume=True)
     return read_json(folder / "draft" / "card.json")

@@ -43,11 +43,10 @@ def main(
 ) -> None:
     """Measures the speed of each tree against plain decoding."""
     enable_compilation_cache()
+    texts = spread(prompts_of(suite), prompts)
     target = load_target(model).pack()
     trees = tree or ["chain:1", "static:3", "static:4", "chain:3", "static:8"]
-    texts = prompts_of(suite)
-    step = max(1, len(texts) // prompts)
-    batches = [[row] for row in as_chat(target, texts[::step][:prompts])]
+    batches = [[row] for row in as_chat(target, texts)]
     sample = bench.bandwidth_probe()
     rows, runs, bandwidths = [], [], []
     for name, head in heads(draft or ["smollm2-135m-instruct-eagle"], target, whole_vocabulary):
@@ -77,11 +76,20 @@ def main(
         results = {
             "machine": describe_machine(),
             "suite": suite,
+            "prompts": len(texts),
+            "new_tokens": new_tokens,
+            "repetitions": repetitions,
             "trees": rows,
             "floor": dataclasses.asdict(floor) | {"share": floor.share},
         }
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def spread(texts: list[str], count: int) -> list[str]:
+    """So many of the texts at even distances; all, where there are fewer."""
+    count = min(count, len(texts))
+    return [texts[i * len(texts) // count] for i in range(count)]
 
 
 def heads(names: list[str], target: Target, whole_vocabulary: bool) -> list[tuple[str, Draft]]:
@@ -93,7 +101,8 @@ def heads(names: list[str], target: Target, whole_vocabulary: bool) -> list[tupl
         if not whole_vocabulary:
             continue
         if draft.draft_to_target is None or draft.config.own_head:
-            print(f"{name}: measured once, it has no smaller vocabulary of the target's head")
+            own = "has a head of its own" if draft.config.own_head else "proposes from all tokens"
+            print(f"{name}: measured once, it {own}")
             continue
         config = dataclasses.replace(draft.config, draft_vocab_size=None)
         found.append((name, draft.replace(config=config, draft_to_target=None)))

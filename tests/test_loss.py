@@ -13,7 +13,7 @@ from jax.tree_util import Partial
 
 from jax_eagle.config import ConfigError
 from train.config import FEATURE_LOSSES, LOGIT_LOSSES, LossConfig
-from train.loss import Heads, Positions, distillation_loss
+from train.loss import Heads, Positions, _favourite, distillation_loss
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
 
@@ -142,6 +142,22 @@ def test_a_perfect_draft_agrees():
     loss, metrics = distillation_loss(config, {}, positions, same, scale)
     assert float(loss) == pytest.approx(0, abs=1e-6)
     np.testing.assert_array_equal(metrics["agreement"].sum, metrics["agreement"].count)
+
+
+def test_agreement_is_that_of_the_favourites():
+    config = LossConfig(unroll=J, logits="kl")
+    params, positions, heads, scale = case(10, config)  # a seed where some agree, in both passes
+    _, metrics = distillation_loss(config, params, positions, heads, scale)
+    favourite_BT = np.argmax(heads.teacher(positions.teacher), axis=-1)
+    agree_BTJ = np.argmax(heads.draft(params, positions.state), axis=-1) == favourite_BT[..., None]
+    expected_J = np.sum(np.where(agree_BTJ, positions.weight, 0), axis=(0, 1))
+    assert np.all(expected_J > 0) and np.all(expected_J < metrics["agreement"].count)
+    np.testing.assert_allclose(metrics["agreement"].sum, expected_J, rtol=1e-6)
+
+
+def test_of_equal_favourites_the_first_counts_and_none_where_a_score_is_nan():
+    scores = jnp.array([[[0.0, 2.0, 2.0], [1.0, 1.0, 0.0], [jnp.nan, 1.0, 0.0]]])
+    np.testing.assert_array_equal(_favourite(scores), [[1, 0, -1]])
 
 
 def test_what_weighs_nothing_may_be_anything():

@@ -1,6 +1,8 @@
 """Weights in column blocks: the same products, beside the kernels they repeat."""
 
 import dataclasses
+import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -68,6 +70,13 @@ def test_tied_head_is_the_product_with_the_table_turned(seed, rows):
     y = packing.tied_head(*halved, None, jnp.float32)
     expected = np.float32(halved[0]) @ np.float32(halved[1]).T
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_table_is_not_turned_on_a_cpu():
+    head = jax.jit(functools.partial(packing.tied_head, blocks=None))
+    compiled = head.lower(jnp.ones((4, 20)), jnp.ones((2048, 20))).compile().as_text()
+    [result] = re.findall(r"= (\S+) dot\(", compiled)
+    assert result.startswith("f32[2048,4]")
 
 
 def test_only_blocks_that_serve_are_made(target, monkeypatch):

@@ -187,20 +187,29 @@ def save_config(config: TrainConfig, run: Path) -> None:
 
 def check_config(config: TrainConfig, run: Path) -> None:
     """Raises ConfigError unless `config` goes on with what the run began with."""
+    for key, (its, ours) in changed_keys(config, run).items():
+        # A run may have moved: its corpus names its data, not the paths that these came from.
+        is_path = key.endswith(".path") or key == "data.features"
+        if not is_path and key.split(".")[0] not in _MAY_CHANGE:
+            raise ConfigError(
+                f"{run}: begun with {key} {its!r}, the config says {ours!r}; "
+                "change it back, or begin another run"
+            )
+
+
+def changed_keys(config: TrainConfig, run: Path) -> dict[str, tuple[Any, Any]]:
+    """The keys of which a run's config and `config` differ: (the run's value, the other).
+
+    Raises:
+      ConfigError: the folder holds no config.
+    """
     path = run / "config.yaml"
     if not path.is_file():
         raise ConfigError(f"{run}: nothing to resume")
     begun = from_tree(TrainConfig, yaml.safe_load(path.read_text("utf-8")), str(path))
-    ours, its = _flat(to_tree(config)), _flat(to_tree(begun))
-    for key in sorted(ours.keys() | its.keys()):
-        # A run may have moved: its corpus names its data, not the paths that these came from.
-        is_path = key.endswith(".path") or key == "data.features"
-        changed = ours.get(key) != its.get(key)
-        if changed and not is_path and key.split(".")[0] not in _MAY_CHANGE:
-            raise ConfigError(
-                f"{run}: begun with {key} {its.get(key)!r}, the config says {ours.get(key)!r}; "
-                "change it back, or begin another run"
-            )
+    its, ours = _flat(to_tree(begun)), _flat(to_tree(config))
+    pairs = {key: (its.get(key), ours.get(key)) for key in sorted(ours.keys() | its.keys())}
+    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

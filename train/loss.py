@@ -70,13 +70,13 @@ def distillation_loss(
     def terms(params, state_BCJD, rest):
         positions, heads, scale_J = rest
         teacher_BCU = jax.nn.log_softmax(heads.teacher(positions.teacher))
-        is_favourite_BCU = _is_favourite(teacher_BCU)
+        favourite_BC = _favourite(teacher_BCU)
         sums = []
         for j in range(config.unroll):
             x_BCD, weight_BC = state_BCJD[:, :, j], positions.weight[:, :, j]
             draft_BCU = jax.nn.log_softmax(heads.draft(params, x_BCD))
             logits_BC = logits_loss(config, teacher_BCU, draft_BCU)
-            agree_BC = jnp.any(is_favourite_BCU & _is_favourite(draft_BCU), axis=-1)
+            agree_BC = (favourite_BC == _favourite(draft_BCU)) & (favourite_BC >= 0)
             feature_BC = jnp.zeros_like(logits_BC)
             if positions.feature is not None:
                 feature_BC = feature_loss(config, x_BCD, positions.feature)
@@ -96,9 +96,16 @@ def distillation_loss(
     return loss, {name: Mean(sums_JS[:, i], sums_JS[:, -1]) for i, name in enumerate(names)}
 
 
-def _is_favourite(scores_BCU: jax.Array) -> jax.Array:
-    """Where the best token is. On a CPU an argmax takes several times as long."""
-    return scores_BCU == jnp.max(scores_BCU, axis=-1, keepdims=True)
+def _favourite(scores_BCU: jax.Array) -> jax.Array:
+    """The best token, of equals the first; -1 where a score is NaN.
+
+    An argmax is the same but for NaN, and takes several times as long on a CPU.
+    """
+    scores_BCU = jax.lax.stop_gradient(scores_BCU)
+    is_best_BCU = scores_BCU == jnp.max(scores_BCU, axis=-1, keepdims=True)
+    token_U = jnp.arange(scores_BCU.shape[-1], dtype=jnp.int32)
+    first_BC = jnp.min(jnp.where(is_best_BCU, token_U[None, None], token_U.size), axis=-1)
+    return jnp.where(first_BC < token_U.size, first_BC, -1)
 
 
 def feature_loss(config: LossConfig, x_BCD, feature_BCD) -> Float[Array, "B C"]:

@@ -11,6 +11,10 @@ take it for biases of the attention. A draft vocabulary has no place in either f
 of the engine at run time, and SGLang reads it from a file of its own (`write_token_map`).
 
 The embedding may be stored; it is the target's, so it is not read.
+
+The official package on PyPI (eagle-llm 1.2.1) opens pytorch_model.bin alone, so a state dict has to
+be saved once more for it; it demands the embedding, rotates with the base 10,000 whatever
+config.json says, and knows no llama3 scaling.
 """
 
 import os
