@@ -253,13 +253,14 @@ PLAIN = "plain"
 """Plain decoding: the tree of the root alone."""
 
 AUTO_TREES: dict[str, tuple[tuple[int | None, str], ...]] = {
-    "cpu": ((1, "static:3"), (None, PLAIN)),
+    "cpu": ((1, "chain:2"), (None, PLAIN)),
     "gpu": ((4, "static:eagle-26"), (16, "static:8"), (256, "chain:3"), (None, PLAIN)),
 }
 """The tree dispatcher (arXiv 2508.08192, inference): (largest batch, tree), by platform. Verifying
 more nodes is free while weights bound the step, so small batches take bigger trees. A CPU becomes
-compute-bound at a few rows: one sequence is fastest with static:3, eight without a tree
-(benchmarks/results/speed_cpu.json, engine_cpu.json). The GPU's table is a guess, unmeasured."""
+compute-bound at a few rows: for one sequence small trees are level on chats and chain:2 is best on
+code, eight sequences are fastest without (benchmarks/results/speed_avx512_cpu.json,
+engine_cpu.json). The GPU's table is a guess, unmeasured."""
 
 
 def parse_tree(text: str, *, batch: int = 1, platform: str = "cpu") -> TreeShape:
