@@ -258,9 +258,9 @@ AUTO_TREES: dict[str, tuple[tuple[int | None, str], ...]] = {
 }
 """The tree dispatcher (arXiv 2508.08192, inference): (largest batch, tree), by platform. Verifying
 more nodes is free while weights bound the step, so small batches take bigger trees. A CPU becomes
-compute-bound at a few rows: for one sequence small trees are level on chats and chain:2 is best on
-code, eight sequences are fastest without (benchmarks/results/speed_avx512_cpu.json,
-engine_cpu.json). The GPU's table is a guess, unmeasured."""
+compute-bound at a few rows: for one sequence small trees are level on chats and chains are ahead on
+code, eight sequences are fastest without (benchmarks/results/speed_avx512_cpu.json and
+speed_avx512_humaneval_cpu.json, engine_cpu.json). The GPU's table is a guess, unmeasured."""
 
 
 def parse_tree(text: str, *, batch: int = 1, platform: str = "cpu") -> TreeShape:
