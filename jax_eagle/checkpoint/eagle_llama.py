@@ -12,9 +12,10 @@ of the engine at run time, and SGLang reads it from a file of its own (`write_to
 
 The embedding may be stored; it is the target's, so it is not read.
 
-The official package on PyPI (eagle-llm 1.2.1) opens pytorch_model.bin alone, so a state dict has to
-be saved once more for it; it demands the embedding, rotates with the base 10,000 whatever
-config.json says, and knows no llama3 scaling.
+The official repository reads model.safetensors where there is no pytorch_model.bin. Its package on
+PyPI (eagle-llm 1.2.1) is older: it opens pytorch_model.bin alone, so a state dict has to be saved
+once more for it, demands the embedding, rotates with the base 10,000 whatever config.json says, and
+knows no llama3 scaling.
 """
 
 import os
