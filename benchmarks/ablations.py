@@ -92,11 +92,11 @@ def variant(base: Path, overrides: list[str], folder: Path) -> dict:
     """The card of a run, made now or before; ConfigError if that was with other settings."""
     own = [f"run={folder}", f"output={folder / 'draft'}"]
     config = load_config(base, [*overrides, *own])
-    if folder.exists():
-        for key, (before, now) in changed_keys(config, folder).items():
-            raise ConfigError(f"{folder}: {key} was {before!r}, not {now!r}; name another --where")
     if not (folder / "draft" / "card.json").exists():
         run(config, target=load_target(config.target, dtype=config.dtype), resume=True)
+    elif changed := changed_keys(config, folder):
+        key, (before, now) = next(iter(changed.items()))
+        raise ConfigError(f"{folder}: {key} was {before!r}, not {now!r}; name another --where")
     return read_json(folder / "draft" / "card.json")
 
 

@@ -118,6 +118,6 @@ def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     """Writes tensors into one file, atomically."""
     partial = path.with_name(path.name + ".partial")
     contiguous = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
-    # transformers loads no file that names another format, or none.
+    # The tensors are the same for every framework, but transformers refuses "np".
     safetensors.numpy.save_file(contiguous, partial, metadata={"format": "pt"})
     os.replace(partial, path)
